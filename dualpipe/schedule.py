@@ -18,10 +18,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     F = "F"  # forward
     B = "B"  # whole backward: I, then W
     I = "I"  # backward for the inputs  # noqa: E741 - the literature's letter

@@ -46,15 +46,11 @@ def _check_shape(schedule: Schedule) -> None:
     if not schedule.placement or not schedule.placement[0] or not schedule.steps:
         raise InvalidScheduleError(f"{schedule.name}: no ranks or no stages")
     if schedule.num_micro_batches < 1:
-        raise InvalidScheduleError(
-            f"{schedule.name}: {schedule.num_micro_batches} micro-batches; need at least 1"
-        )
+        raise InvalidScheduleError(f"{schedule.name}: {schedule.num_micro_batches} micro-batches; need at least 1")
     for row in schedule.placement:
         bad = [r for r in row if not 0 <= r < schedule.num_ranks]
         if bad or len(row) != schedule.num_stages:
-            raise InvalidScheduleError(
-                f"{schedule.name}: placement {row} does not fit {schedule.num_ranks} ranks"
-            )
+            raise InvalidScheduleError(f"{schedule.name}: placement {row} does not fit {schedule.num_ranks} ranks")
     if schedule.num_micro_batches % schedule.num_directions:
         raise InvalidScheduleError(
             f"{schedule.name}: {schedule.num_micro_batches} micro-batches cannot be shared equally "

@@ -11,9 +11,7 @@ from dualpipe.schedule import Action, Kind, Schedule, Step
 def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Generate 1F1B. Raises ValueError if there are fewer micro-batches than ranks."""
     if num_ranks < 1 or num_micro_batches < num_ranks:
-        raise ValueError(
-            f"1F1B on {num_ranks} ranks needs at least {num_ranks} micro-batches; got {num_micro_batches}"
-        )
+        raise ValueError(f"1F1B on {num_ranks} ranks needs at least {num_ranks} micro-batches; got {num_micro_batches}")
     rows = []
     for rank in range(num_ranks):
         warm_up = num_ranks - 1 - rank
