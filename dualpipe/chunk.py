@@ -1,0 +1,157 @@
+"""One micro-batch on its way through one stage: runs the stage's segments forward, and later backward.
+
+Segments can be run one at a time, so that the runtime interleaves them with those of another chunk. Each has up
+to three pieces: forward `F`, backward for inputs `I`, and weight gradients `W` (from the queue). Communication
+pieces only *start* here; they are waited for when a later segment reads their result, so whatever stands between
+start and use runs under them. That one rule makes the overlap; everything else is the order of pieces.
+
+Memory: a value is dropped after its last reader has run; what a backward needs is kept by the segment's own graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualpipe.stage import Lane, Pending, Segment, inputs_of, outputs_of
+from dualpipe.wgrad import WeightGradQueue
+
+
+@dataclass
+class _Graph:
+    """What a segment keeps between forward and backward: its detached inputs and its outputs."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Chunk:
+    """State of one (stage, micro-batch). `key` names it in the weight-gradient queue and in messages."""
+
+    def __init__(
+        self,
+        key: tuple[int, int],
+        segments: Sequence[Segment],
+        inputs: Sequence[Tensor],
+        queue: WeightGradQueue,
+        training: bool = True,
+    ) -> None:
+        self.key = key
+        self.segments = tuple(segments)
+        self._queue = queue
+        self._training = training
+        self._values: dict[str, Any] = dict(zip(inputs_of(len(inputs)), inputs, strict=True))
+        self._grads: dict[str, Tensor] = {}
+        self._graphs: dict[int, _Graph] = {}
+        self._pending: dict[str, tuple[int, Pending]] = {}  # value name → the forward that promised it
+        self._pending_grads: dict[int, Pending] = {}  # segment → its backward under way
+        self._last_reader = {name: i for i, s in enumerate(self.segments) for name in s.reads}
+
+    # -- forward -----------------------------------------------------------------------------------------------
+
+    def forward(self, index: int) -> None:
+        """Run segment `index`, or start it if it communicates."""
+        segment = self.segments[index]
+        values = {name: self._read(name) for name in segment.reads}
+        if segment.lane is Lane.COMM:
+            with torch.no_grad():
+                pending = segment.work.start(*values.values())  # type: ignore[union-attr]
+            self._pending.update(dict.fromkeys(segment.writes, (index, pending)))
+        else:
+            self._compute(index, segment, values)
+        for name in segment.reads:
+            if self._last_reader[name] == index:
+                self._values.pop(name, None)
+
+    def _compute(self, index: int, segment: Segment, values: dict[str, Any]) -> None:
+        graph = _Graph()
+        if self._training:
+            for name, value in values.items():
+                if _differentiable(value):
+                    graph.inputs[name] = values[name] = value.detach().requires_grad_()
+        with torch.set_grad_enabled(self._training):
+            results = segment.work(*values.values())  # type: ignore[operator]
+        results = results if isinstance(results, tuple) else (results,)
+        for name, value in zip(segment.writes, results, strict=True):
+            if self._training and isinstance(value, Tensor) and value.requires_grad:
+                graph.outputs[name] = value
+                value = value.detach()
+            self._values[name] = value
+        if self._training:
+            self._graphs[index] = graph
+
+    def _read(self, name: str) -> Any:
+        if name in self._pending:
+            index, pending = self._pending[name]
+            results = pending.wait()
+            for written, value in zip(self.segments[index].writes, results, strict=True):
+                self._values[written] = value
+                del self._pending[written]
+        return self._values[name]
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The stage's results, taken out of the chunk; waits for them if they are still under way."""
+        names = outputs_of(sum(name.startswith("out") for s in self.segments for name in s.writes))
+        values = tuple(self._read(name) for name in names)
+        for name in names:
+            del self._values[name]
+        return values
+
+    # -- backward ----------------------------------------------------------------------------------------------
+
+    def seed(self, grads: Sequence[Tensor | None]) -> None:
+        """The gradients of `out0`…; the loss of a last stage is seeded with one."""
+        for name, grad in zip(outputs_of(len(grads)), grads, strict=True):
+            self._add_grad(name, grad)
+
+    def backward(self, index: int) -> None:
+        """Gradients of the inputs of segment `index` (or start them); weight gradients go to the queue."""
+        segment = self.segments[index]
+        self._settle(index)
+        if segment.lane is Lane.COMM:
+            grads = [self._grads.pop(name, None) for name in segment.writes]
+            self._pending_grads[index] = segment.work.start_backward(*grads)  # type: ignore[union-attr]
+            return
+        graph = self._graphs.pop(index)
+        named = [(out, self._grads.pop(name)) for name, out in graph.outputs.items() if name in self._grads]
+        if not named:
+            return
+        with self._queue.record((*self.key, index)):
+            torch.autograd.backward([out for out, _ in named], [grad for _, grad in named])
+        for name, leaf in graph.inputs.items():
+            self._add_grad(name, leaf.grad)
+
+    def weights(self, index: int) -> None:
+        """The weight gradients of segment `index`."""
+        self._queue.run((*self.key, index))
+
+    def input_grads(self, count: int) -> tuple[Tensor, ...]:
+        """The gradients of `in0`…, once every segment's backward has run."""
+        for index in tuple(self._pending_grads):
+            self._finish(index)
+        return tuple(self._grads.pop(name) for name in inputs_of(count))
+
+    def _settle(self, index: int) -> None:
+        """Finish the backwards that contribute to the gradients of what segment `index` wrote."""
+        wanted = set(self.segments[index].writes)
+        for later in tuple(self._pending_grads):
+            if wanted & set(self.segments[later].reads):
+                self._finish(later)
+
+    def _finish(self, index: int) -> None:
+        grads = self._pending_grads.pop(index).wait()
+        for name, grad in zip(self.segments[index].reads, grads, strict=True):
+            self._add_grad(name, grad)
+
+    def _add_grad(self, name: str, grad: Tensor | None) -> None:
+        if grad is not None:
+            known = self._grads.get(name)
+            self._grads[name] = grad if known is None else known + grad
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,160 @@
+"""Which messages a schedule implies: who sends what to whom, when a receive is posted, when a send is surely over.
+
+Everything is derived from the schedule before the first step:
+
+- F of stage s needs the activation from the rank that ran stage s-1; B and I the gradient from stage s+1. On one
+  rank (the turn of a V) nothing travels.
+- A receive is posted `look_ahead` steps before it is needed, so the data can arrive under compute. Per channel
+  (source, destination, kind) receives are posted in the order in which the source sends, as NCCL demands.
+- A send needs its buffer until the receiver has the data. Nobody should wait for that, and nobody has to: when a
+  message arrives that could only be sent after ours was used, ours is over. Vector clocks over the schedule say
+  after which of our steps that is so; what is left is waited for at the end.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dualpipe.schedule import Action, Kind, Schedule, Step, parts
+from dualpipe.validate import dependencies
+
+
+class Cargo(StrEnum):
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+
+
+@dataclass(frozen=True)
+class Message:
+    """Cargo between `stage` (that computed it) and its neighbour, for one micro-batch, from PP rank to PP rank."""
+
+    cargo: Cargo
+    stage: int
+    micro_batch: int
+    source: int
+    destination: int
+
+    def __str__(self) -> str:
+        route = f"PP rank {self.source} → {self.destination}"
+        return f"{self.cargo} of stage {self.stage}, micro-batch {self.micro_batch} ({route})"
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Per step of one rank: messages needed before it, receives posted before it, sends known to be over before it."""
+
+    needs: tuple[tuple[Message, ...], ...]
+    posts: tuple[tuple[Message, ...], ...]
+    releases: tuple[tuple[Message, ...], ...]
+
+
+def incoming(schedule: Schedule, action: Action) -> Message | None:
+    """The message that an action waits for, if any."""
+    rank = schedule.rank_of(action.stage, action.micro_batch)
+    if action.kind is Kind.F and action.stage > 0:
+        cargo, stage = Cargo.ACTIVATION, action.stage - 1
+    elif action.kind in (Kind.B, Kind.I) and action.stage < schedule.num_stages - 1:
+        cargo, stage = Cargo.GRADIENT, action.stage + 1
+    else:
+        return None
+    source = schedule.rank_of(stage, action.micro_batch)
+    return None if source == rank else Message(cargo, stage, action.micro_batch, source, rank)
+
+
+def outgoing(schedule: Schedule, action: Action) -> Message | None:
+    """The message that an action's result goes out with, if any."""
+    rank = schedule.rank_of(action.stage, action.micro_batch)
+    if action.kind is Kind.F and action.stage < schedule.num_stages - 1:
+        cargo, stage = Cargo.ACTIVATION, action.stage + 1
+    elif action.kind in (Kind.B, Kind.I) and action.stage > 0:
+        cargo, stage = Cargo.GRADIENT, action.stage - 1
+    else:
+        return None
+    target = schedule.rank_of(stage, action.micro_batch)
+    return None if target == rank else Message(cargo, action.stage, action.micro_batch, rank, target)
+
+
+def plan_messages(schedule: Schedule, rank: int, look_ahead: int = 3) -> RankPlan:
+    """Derive one rank's plan from a valid schedule."""
+    steps = schedule.steps[rank]
+    needs = tuple(tuple(m for a in parts(step) if (m := incoming(schedule, a)) is not None) for step in steps)
+    return RankPlan(needs, _posts(schedule, rank, needs, look_ahead), _releases(schedule, rank))
+
+
+def _posts(
+    schedule: Schedule, rank: int, needs: tuple[tuple[Message, ...], ...], look_ahead: int
+) -> tuple[tuple[Message, ...], ...]:
+    channels: dict[tuple[int, Cargo], list[Message]] = defaultdict(list)
+    for source in range(schedule.num_ranks):
+        for action in schedule.actions(source):
+            message = outgoing(schedule, action)
+            if message is not None and message.destination == rank:
+                channels[source, message.cargo].append(message)
+    result = []
+    for index in range(len(needs)):
+        posted: list[Message] = []
+        for wanted in (m for row in needs[index : index + look_ahead + 1] for m in row):
+            channel = channels[wanted.source, wanted.cargo]
+            while wanted in channel:  # those before it in the channel come along
+                posted.append(channel.pop(0))
+        result.append(tuple(posted))
+    return tuple(result)
+
+
+def _releases(schedule: Schedule, rank: int) -> tuple[tuple[Message, ...], ...]:
+    clocks = vector_clocks(schedule)
+    where = {a: (r, k) for r, row in enumerate(schedule.steps) for k, step in enumerate(row) for a in parts(step)}
+    used: dict[Message, tuple[int, int]] = {}
+    for action, place in where.items():
+        message = incoming(schedule, action)
+        if message is not None and message.source == rank:
+            used[message] = place
+    open_sends: list[Message] = []
+    result = []
+    for index, step in enumerate(schedule.steps[rank]):
+        over = [m for m in open_sends if clocks[rank][index][used[m][0]] >= used[m][1]]
+        open_sends = [m for m in open_sends if m not in over]
+        open_sends += [m for a in parts(step) if (m := outgoing(schedule, a)) is not None]
+        result.append(tuple(over))
+    return tuple(result)
+
+
+def vector_clocks(schedule: Schedule) -> list[list[list[int]]]:
+    """clocks[rank][step][other] = the last step of `other` that is surely over when (rank, step) starts; -1 if none."""
+    ranks = range(schedule.num_ranks)
+    where: dict[Action, tuple[int, int]] = {}
+    clocks: list[list[list[int]]] = [[] for _ in ranks]
+    progress = True
+    while progress:
+        progress = False
+        for rank in ranks:
+            row = schedule.steps[rank]
+            while len(clocks[rank]) < len(row):
+                index = len(clocks[rank])
+                sources = _sources(schedule, row[index], where)
+                if sources is None:
+                    break
+                clock = list(clocks[rank][-1]) if index else [-1] * len(ranks)
+                for other, step in sources:
+                    if other != rank:
+                        clock = [max(a, b) for a, b in zip(clock, clocks[other][step], strict=True)]
+                        clock[other] = max(clock[other], step)
+                clock[rank] = index - 1
+                clocks[rank].append(clock)
+                where.update(dict.fromkeys(parts(row[index]), (rank, index)))
+                progress = True
+    return clocks
+
+
+def _sources(schedule: Schedule, step: Step, where: dict[Action, tuple[int, int]]) -> list[tuple[int, int]] | None:
+    """Where the dependencies of a step ran, or None if one has not run yet."""
+    found = []
+    for action in parts(step):
+        for alternatives in dependencies(schedule, action):
+            places = [where[a] for a in alternatives if a in where]
+            if not places:
+                return None
+            found.append(places[0])
+    return found
