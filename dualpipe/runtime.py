@@ -108,8 +108,9 @@ class Pipeline:
         run = _Run(mode, self._stages, micro_batches, self._p2p, self._queue, self._overlap)
         step: Step | None = None
         try:
-            for index, step in enumerate(mode.schedule.steps[self._rank]):
-                run.step(index, step)
+            with torch.no_grad():  # chunks switch gradients on where they build their graphs
+                for index, step in enumerate(mode.schedule.steps[self._rank]):
+                    run.step(index, step)
             step = None
             self._p2p.finish()
         except Exception as error:

@@ -9,7 +9,7 @@ document boundaries for attention and the positions for RoPE, so nothing but act
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class MicroBatch:
     targets_BS    int64, the token to predict at each position, or `IGNORE`.
     documents_BS  int64, the number of the document within its row; attention never crosses it.
     positions_BS  int64, the position inside the document (0 at its first token in this row), for RoPE.
+    loss_scale    the loss is the sum over targets times this; one over the targets of the global batch.
     """
 
     tokens_BS: Tensor
     targets_BS: Tensor
     documents_BS: Tensor
     positions_BS: Tensor
+    loss_scale: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -41,4 +43,5 @@ class MicroBatch:
         return int((self.targets_BS != IGNORE).sum())
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "loss_scale"}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})

@@ -1,0 +1,130 @@
+"""One transformer layer, cut into segments (report Fig. 4).
+
+    dense layer   attention → mlp
+    MoE layer     attention → dispatch → shared → experts → combine
+                  compute     comm       compute  compute   comm
+
+The residual stream is handed on as a tuple of names whose sum it is: the sum is made by the next compute segment,
+so combine's result is not awaited before it is needed. `shared` stands between dispatch and experts, and so runs
+under the dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from model.attention import AttentionContext, LatentAttention
+from model.config import ModelConfig
+from model.functional import swiglu
+from model.layers import GroupedLinear, Linear, RMSNorm, Toolbox
+from model.protocols import CommOp
+from model.router import Router
+
+Residual = tuple[str, ...]
+
+
+class SegmentWriter:
+    """Collects a stage's segments: (name, is communication, reads, writes, work)."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[str, bool, tuple[str, ...], tuple[str, ...], Any]] = []
+
+    def compute(self, name: str, reads: tuple[str, ...], writes: tuple[str, ...], fn: Callable[..., Any]) -> None:
+        self.items.append((name, False, reads, writes, fn))
+
+    def communicate(self, name: str, reads: tuple[str, ...], writes: tuple[str, ...], op: CommOp) -> None:
+        self.items.append((name, True, reads, writes, op))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)); gate and up are one product."""
+
+    def __init__(self, hidden: int, ffn: int, tools: Toolbox) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden, 2 * ffn, tools)
+        self.down = Linear(ffn, hidden, tools)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class Experts(nn.Module):
+    """The routed experts of this rank, a contiguous range of the layer's. Parameters [local experts, ...]."""
+
+    def __init__(self, config: ModelConfig, experts: range, tools: Toolbox) -> None:
+        super().__init__()
+        self.range = experts
+        self.gate_up = GroupedLinear(len(experts), config.hidden_size, 2 * config.expert_ffn_size, tools)
+        self.down = GroupedLinear(len(experts), config.expert_ffn_size, config.hidden_size, tools)
+
+    def forward(self, x_RD: Tensor, gates_R: Tensor, counts: list[int]) -> Tensor:
+        """Each row through its expert, already weighted by its gate, so that combine only has to add."""
+        return self.down(swiglu(self.gate_up(x_RD, counts), gates_R), counts)
+
+
+class Layer(nn.Module):
+    """index: the layer's global number; experts: the range that this rank holds; dense layers ignore it."""
+
+    def __init__(self, config: ModelConfig, index: int, experts: range, tools: Toolbox) -> None:
+        super().__init__()
+        self.index = index
+        self.tools = tools
+        self.is_moe = index >= config.num_dense_layers
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
+        self.attention = LatentAttention(config, tools)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
+        if self.is_moe:
+            self.router = Router(config, tools)
+            self.experts = Experts(config, experts, tools)
+            self.shared = (
+                MLP(config.hidden_size, config.num_shared_experts * config.expert_ffn_size, tools)
+                if config.num_shared_experts
+                else None
+            )
+        else:
+            self.mlp = MLP(config.hidden_size, config.dense_ffn_size, tools)
+
+    def write(self, out: SegmentWriter, residual: Residual, context: AttentionContext) -> Residual:
+        """Append the layer's segments; returns the names whose sum is its output."""
+        return (self._write_moe if self.is_moe else self._write_dense)(out, residual, context)
+
+    def _attend(self, parts: tuple[Tensor, ...], context: AttentionContext) -> Tensor:
+        h_BSD = add(*parts)
+        return h_BSD + self.attention(self.attention_norm(h_BSD), context)
+
+    def _write_dense(self, out: SegmentWriter, residual: Residual, context: AttentionContext) -> Residual:
+        at, done = f"{self.index}.h", f"{self.index}.out"
+        out.compute(f"{self.index}.attention", residual, (at,), lambda *parts: self._attend(parts, context))
+        out.compute(f"{self.index}.mlp", (at,), (done,), lambda h: h + self.mlp(self.mlp_norm(h)))
+        return (done,)
+
+    def _write_moe(self, out: SegmentWriter, residual: Residual, context: AttentionContext) -> Residual:
+        def name(value: str) -> str:
+            return f"{self.index}.{value}"
+
+        def attend_and_route(*parts: Tensor) -> tuple[Tensor, ...]:
+            h_BSD = self._attend(parts, context)
+            x_TD = self.mlp_norm(h_BSD).flatten(0, 1)
+            gates_TK, experts_TK = self.router(x_TD)
+            return h_BSD, x_TD, gates_TK, experts_TK
+
+        exchange = self.tools.dispatcher.open()
+        h, x, gates, chosen = name("h"), name("x"), name("gates"), name("chosen")
+        rows, row_gates, counts, y, shared = (name(v) for v in ("rows", "row_gates", "counts", "y", "shared"))
+        out.compute(name("attention"), residual, (h, x, gates, chosen), attend_and_route)
+        out.communicate(name("dispatch"), (x, gates, chosen), (rows, row_gates, counts), exchange.dispatch)
+        if self.shared is not None:
+            out.compute(name("shared"), (x,), (shared,), self.shared)
+        out.compute(name("experts"), (rows, row_gates, counts), (name("weighted"),), self.experts)
+        out.communicate(name("combine"), (name("weighted"),), (y,), exchange.combine)
+        return (h, y) if self.shared is None else (h, shared, y)
+
+
+def add(first: Tensor, *others: Tensor) -> Tensor:
+    """The sum of the parts of a residual stream; parts of shape [T, D] are brought to the first one's."""
+    for other in others:
+        first = first + other.view_as(first)
+    return first

@@ -1,0 +1,74 @@
+"""The modules that hold parameters: Linear, GroupedLinear, RMSNorm, Embedding.
+
+Each asks the toolbox for how to compute: the precision seam, and the queue for weight gradients. Parameters are
+created empty and filled by `model/init.py`, by global name, so that every layout starts from the same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.functional import embed, rms_norm
+from model.precision import Precision
+from model.protocols import Dispatcher, WeightGrads
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """What the modules compute and communicate with; dtype and device are those of the parameters."""
+
+    precision: Precision
+    queue: WeightGrads
+    dispatcher: Dispatcher
+    param_dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu"
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, dtype=self.param_dtype, device=self.device))
+
+
+class Linear(nn.Module):
+    """y = x · weightᵀ; weight [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, tools: Toolbox) -> None:
+        super().__init__()
+        self.tools = tools
+        self.weight = tools.parameter(outputs, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tools.precision.linear(x, self.weight, self.tools.queue)
+
+
+class GroupedLinear(nn.Module):
+    """One weight per expert: weight [experts, out, in]; rows come sorted by expert."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, tools: Toolbox) -> None:
+        super().__init__()
+        self.tools = tools
+        self.weight = tools.parameter(experts, outputs, inputs)
+
+    def forward(self, x_RI: Tensor, counts: list[int]) -> Tensor:
+        return self.tools.precision.grouped_linear(x_RI, self.weight, counts, self.tools.queue)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, tools: Toolbox) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = tools.parameter(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab: int, size: int, tools: Toolbox) -> None:
+        super().__init__()
+        self.tools = tools
+        self.weight = tools.parameter(vocab, size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embed(tokens, self.weight, self.tools.precision.dtype, self.tools.queue)

@@ -1,0 +1,126 @@
+"""The one precision seam: the model asks this object for every product with a weight.
+
+Parameters are kept in FP32 (FP64 in exactness tests) and are the master weights. A precision computes with copies
+in its own dtype, made once per step (`refresh` after the optimizer), not once per micro-batch.
+
+Each product has a hand-written backward: the gradient of the input is returned to autograd, the gradient of the
+weight goes to the weight-gradient queue and is accumulated in the parameter's own dtype (see `accumulate`).
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate as running_sum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.protocols import WeightGrads
+
+
+class Precision(Protocol):
+    """dtype = that of the activations."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def linear(self, x_TI: Tensor, weight_OI: nn.Parameter, queue: WeightGrads) -> Tensor: ...
+
+    def grouped_linear(
+        self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads
+    ) -> Tensor: ...
+
+    def refresh(self) -> None: ...
+
+
+def grad_of(parameter: nn.Parameter) -> Tensor:
+    """Where a parameter's gradient accumulates: `.grad`, zeros if there is none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+class CastPrecision:
+    """Computes in FP64, FP32 or BF16 with plain torch matrix products."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._copies: dict[nn.Parameter, Tensor] = {}
+
+    def linear(self, x_TI: Tensor, weight_OI: nn.Parameter, queue: WeightGrads) -> Tensor:
+        """x_TI · weightᵀ → [T, O]; any leading dimensions."""
+        return _Linear.apply(x_TI, weight_OI, self._copy(weight_OI), queue)
+
+    def grouped_linear(self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads) -> Tensor:
+        """Rows sorted by expert, `counts[e]` of them for expert e: each block times its expert's weight → [R, O]."""
+        return _GroupedLinear.apply(x_RI, weight_EOI, self._copy(weight_EOI), counts, queue)
+
+    def refresh(self) -> None:
+        """The weights have changed: forget the copies."""
+        self._copies.clear()
+
+    def _copy(self, weight: nn.Parameter) -> Tensor:
+        if weight.dtype == self.dtype:
+            return weight.detach()
+        if weight not in self._copies:
+            self._copies[weight] = weight.detach().to(self.dtype)
+        return self._copies[weight]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, copy_OI: Tensor, queue: WeightGrads) -> Tensor:
+        ctx.save_for_backward(x, copy_OI)
+        ctx.weight, ctx.queue = weight, queue
+        return x @ copy_OI.t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, copy_OI = ctx.saved_tensors
+        weight = ctx.weight
+        dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        ctx.queue.put(lambda: _add_product(grad_of(weight), dy_TO, x_TI))
+        dx = dy @ copy_OI if ctx.needs_input_grad[0] else None
+        return dx, None, None, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """One product per expert on its block of rows. On CPU a loop over experts is as fast as a grouped kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RI: Tensor, weight: nn.Parameter, copy_EOI: Tensor, counts: list[int], queue: WeightGrads
+    ) -> Tensor:
+        ctx.save_for_backward(x_RI, copy_EOI)
+        ctx.weight, ctx.counts, ctx.queue = weight, counts, queue
+        return _blockwise(x_RI, copy_EOI.transpose(1, 2), counts)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, ...]:
+        x_RI, copy_EOI = ctx.saved_tensors
+        weight, counts = ctx.weight, ctx.counts
+
+        def add_weight_grads() -> None:
+            for grad_OI, dy, x in zip(grad_of(weight), dy_RO.split(counts), x_RI.split(counts), strict=True):
+                if len(x):
+                    _add_product(grad_OI, dy, x)
+
+        ctx.queue.put(add_weight_grads)
+        return _blockwise(dy_RO.contiguous(), copy_EOI, counts), None, None, None, None
+
+
+def _blockwise(x_RI: Tensor, weight_EIO: Tensor, counts: list[int]) -> Tensor:
+    out_RO = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[2])
+    ends = list(running_sum(counts))
+    for weight_IO, count, end in zip(weight_EIO, counts, ends, strict=True):
+        if count:
+            torch.mm(x_RI[end - count : end], weight_IO, out=out_RO[end - count : end])
+    return out_RO
+
+
+def _add_product(grad_OI: Tensor, dy_TO: Tensor, x_TI: Tensor) -> None:
+    """grad += dyᵀ · x, in the gradient's dtype."""
+    if grad_OI.dtype == dy_TO.dtype:
+        grad_OI.addmm_(dy_TO.t(), x_TI)
+    else:
+        grad_OI.add_(dy_TO.t() @ x_TI)

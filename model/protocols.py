@@ -1,0 +1,48 @@
+"""What the model needs from outside, as small protocols: it knows no ranks and no queue implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class WeightGrads(Protocol):
+    """Takes weight-gradient closures and runs them now or later (dualpipe/wgrad.py)."""
+
+    def put(self, closure: Callable[[], None]) -> None: ...
+
+
+class Pending(Protocol):
+    """Communication under way."""
+
+    def wait(self) -> tuple[Any, ...]: ...
+
+
+class CommOp(Protocol):
+    """Communication with a hand-written backward (dualpipe/stage.py)."""
+
+    def start(self, *inputs: Any) -> Pending: ...
+
+    def start_backward(self, *grads: Tensor | None) -> Pending: ...
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The two all-to-alls of one MoE layer for one micro-batch.
+
+    dispatch: (x_TD, gates_TK, experts_TK) → (x_RD, gates_R, counts): one row for every (token, expert) pair whose
+              expert is on this rank, sorted by expert; counts = rows per local expert.
+    combine:  (y_RD,) → (y_TD,): the sum over each token's experts, back where the token lives.
+    """
+
+    dispatch: CommOp
+    combine: CommOp
+
+
+class Dispatcher(Protocol):
+    """Opens an exchange for each MoE layer and micro-batch."""
+
+    def open(self) -> Exchange: ...

@@ -1,0 +1,91 @@
+"""Puts one rank together: its stages, its pipeline, its gradient buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+import dualpipe.stage as stage_types
+from dualpipe.runtime import Pipeline
+from dualpipe.schedule import Schedule
+from dualpipe.wgrad import WeightGradQueue
+from model.config import ModelConfig, split_layers
+from model.init import initialise
+from model.layers import Toolbox
+from model.precision import Precision
+from model.stage import ModelStage, StageShape
+from parallel.dispatch import AllToAllDispatcher
+from parallel.grads import GradBuffer, make_buffers
+from parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What one rank trains: stages by number, the pipeline that runs them, their gradients, the precision."""
+
+    stages: dict[int, ModelStage]
+    pipeline: Pipeline
+    buffers: list[GradBuffer]
+    precision: Precision
+    mesh: Mesh
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build: dtype of the parameters, device, layers per stage (None: equal), overlap, timeout of messages."""
+
+    seed: int = 0
+    param_dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    layers_per_stage: tuple[int, ...] | None = None
+    overlap: bool = True
+    timeout: timedelta = timedelta(minutes=5)
+
+
+def build_replica(
+    config: ModelConfig, schedule: Schedule, mesh: Mesh, precision: Precision, options: BuildOptions
+) -> Replica:
+    """Build this rank's part of the model with its initial weights. Raises ValueError if the sizes do not fit."""
+    queue = WeightGradQueue()
+    stages = build_stages(config, schedule, mesh, precision, options, queue)
+    pipeline = Pipeline(
+        stages,
+        schedule,
+        mesh.pp,
+        mesh.links,
+        queue,
+        overlap=options.overlap,
+        device=torch.device(options.device),
+        timeout=options.timeout,
+    )
+    return Replica(stages, pipeline, make_buffers(stages, schedule, mesh), precision, mesh, schedule)
+
+
+def build_stages(
+    config: ModelConfig,
+    schedule: Schedule,
+    mesh: Mesh,
+    precision: Precision,
+    options: BuildOptions,
+    queue: WeightGradQueue,
+) -> dict[int, ModelStage]:
+    config.check()
+    if config.num_experts % mesh.layout.ep:
+        raise ValueError(
+            f"model.num_experts={config.num_experts} is not divisible by parallel.ep={mesh.layout.ep}; change one"
+        )
+    share = config.num_experts // mesh.layout.ep
+    experts = range(mesh.ep * share, (mesh.ep + 1) * share)
+    dispatcher = AllToAllDispatcher(mesh.expert, share)
+    tools = Toolbox(precision, queue, dispatcher, options.param_dtype, options.device)
+    layers = split_layers(config, schedule.num_stages, options.layers_per_stage)
+    last = schedule.num_stages - 1
+    stages = {}
+    for number in schedule.stages_of(mesh.pp):
+        shape = StageShape(layers[number], experts, number == 0, number == last)
+        stages[number] = ModelStage(config, shape, tools, stage_types)
+        initialise(stages[number], options.seed, config.init_std)
+    return stages

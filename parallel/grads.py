@@ -1,0 +1,116 @@
+"""Gradients: flat buffers, summed over all copies of a parameter, and the norm that counts each weight once.
+
+Losses are already divided by the number of targets in the global batch, so gradients are summed and never
+averaged. A stage's dense parameters have copies on all its data-parallel ranks and on the mirrors; its routed
+experts on those with the same experts. Copies end up bit-equal, because an all-reduce gives all ranks the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dualpipe.schedule import Schedule
+from model.names import expert_parameters
+from model.router import update_bias
+from model.stage import ModelStage
+from parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class GradBuffer:
+    """The gradients of some parameters of a stage in one flat tensor, of which each `.grad` is a view.
+
+    group   over which they are summed (None: there is one copy)
+    owned   whether this rank counts them in the norm: exactly one of the copies does
+    """
+
+    flat: Tensor
+    group: dist.ProcessGroup | None
+    owned: bool
+
+
+def mirrors(schedule: Schedule) -> list[list[int]]:
+    """The PP ranks that hold the same stages, e.g. [[0, 3], [1, 2]] for DualPipe on 4 ranks, [[0], [1]] for 1F1B."""
+    holders = {s: sorted({row[s] for row in schedule.placement}) for s in range(schedule.num_stages)}
+    groups = {tuple(holders[s]) for rank in range(schedule.num_ranks) for s in schedule.stages_of(rank)}
+    if sum(len(g) for g in groups) != schedule.num_ranks:
+        raise ValueError(f"{schedule.name}: the ranks that share stages do not form separate groups: {sorted(groups)}")
+    return [list(g) for g in sorted(groups)]
+
+
+def make_buffers(stages: Mapping[int, ModelStage], schedule: Schedule, mesh: Mesh) -> list[GradBuffer]:
+    """Two buffers per stage, dense and experts, in the same order on all copies. Replaces all `.grad`."""
+    buffers = []
+    for number in sorted(stages):
+        experts = expert_parameters(stages[number])
+        named = dict(stages[number].named_parameters())
+        first_copy = schedule.placement[0][number] == mesh.pp
+        dense = [p for name, p in named.items() if name not in experts]
+        buffers.append(_buffer(dense, mesh.dense, first_copy and mesh.dp == 0))
+        if experts:
+            routed = [p for name, p in named.items() if name in experts]
+            buffers.append(_buffer(routed, mesh.experts, first_copy and mesh.dp < mesh.layout.ep))
+    return buffers
+
+
+def _buffer(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None, owned: bool) -> GradBuffer:
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    for parameter, view in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = view.view_as(parameter)
+    return GradBuffer(flat, group, owned)
+
+
+def reduce_gradients(buffers: Sequence[GradBuffer]) -> None:
+    """Sum every buffer over its copies; all sums are under way at once."""
+    works = [dist.all_reduce(b.flat, group=b.group, async_op=True) for b in buffers if b.group is not None]
+    for work in works:
+        work.wait()
+
+
+def gradient_norm(buffers: Sequence[GradBuffer], mesh: Mesh) -> float:
+    """The norm of the whole model's gradient, after `reduce_gradients`; the same number on every rank."""
+    device = buffers[0].flat.device
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for buffer in buffers:
+        if buffer.owned:
+            square += torch.linalg.vector_norm(buffer.flat, dtype=torch.float64).square()
+    if mesh.layout.world > 1:
+        dist.all_reduce(square)
+    return float(square.sqrt())
+
+
+def clip_gradients(buffers: Sequence[GradBuffer], norm: float, limit: float) -> None:
+    """Scale all gradients so that their norm is at most `limit`; 0 means no limit."""
+    if 0 < limit < norm:
+        for buffer in buffers:
+            buffer.flat.mul_(limit / norm)
+
+
+@torch.no_grad()
+def take_expert_loads(stages: Mapping[int, ModelStage], mesh: Mesh) -> Tensor:
+    """Tokens per expert [MoE layers on this rank, experts], summed over all copies of these layers; clears the counts.
+
+    One collective for all layers. The layers come in the order of the stages.
+    """
+    routers = [r for number in sorted(stages) for r in stages[number].routers()]
+    if not routers:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    load_LE = torch.stack([r.load_E for r in routers])
+    for router in routers:
+        router.load_E.zero_()
+    if mesh.dense is not None:
+        dist.all_reduce(load_LE, group=mesh.dense)
+    return load_LE
+
+
+@torch.no_grad()
+def update_router_biases(stages: Mapping[int, ModelStage], load_LE: Tensor, rate: float) -> None:
+    """Move every router's bias by ±rate according to the global loads (report 2.1.2)."""
+    routers = [r for number in sorted(stages) for r in stages[number].routers()]
+    for router, load_E in zip(routers, load_LE, strict=True):
+        update_bias(router.bias_E, load_E, rate)

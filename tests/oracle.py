@@ -1,0 +1,106 @@
+"""The oracle: the same network as plain serial torch code under ordinary autograd.
+
+Written from the report's formulas without anything from `model/`: no custom autograd, no segments, no dispatch; every
+expert looks at every token. Parameters are leaves in a dict keyed by global names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+class Oracle:
+    def __init__(self, config: Any, params: Params) -> None:
+        self.c = config
+        self.params = {n: p.clone().requires_grad_() for n, p in params.items() if not n.endswith("bias_E")}
+        self.biases = {n: p.clone() for n, p in params.items() if n.endswith("bias_E")}
+        self.loads = {n: torch.zeros(config.num_experts, dtype=torch.int64) for n in self.biases}
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.params[name + ".weight"].T
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.c.norm_eps) * self.params[name + ".weight"]
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [S, heads, dim]: as complex numbers."""
+        dim = x.shape[-1]
+        frequency = self.c.rope_base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        turn = torch.polar(torch.ones(1, dtype=torch.float64), positions.double()[:, None] * frequency)
+        turned = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2)) * turn[:, None, :]
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+    def attention(self, name: str, x: Tensor, documents: Tensor, positions: Tensor) -> Tensor:
+        """x [S, D], one sequence."""
+        c, S = self.c, len(x)
+        latent = x
+        if c.query_rank:
+            latent = self.norm(name + ".query_norm", self.linear(name + ".query_down", x))
+        q = self.linear(name + ".query_up", latent).view(S, c.num_heads, -1)
+        down = self.linear(name + ".key_value_down", x)
+        latent, k_rope = down[:, : c.key_value_rank], down[:, c.key_value_rank :]
+        up = self.linear(name + ".key_value_up", self.norm(name + ".key_value_norm", latent)).view(S, c.num_heads, -1)
+        q = torch.cat((q[..., : c.head_dim], self.rotate(q[..., c.head_dim :], positions)), -1)
+        k_rope = self.rotate(k_rope[:, None], positions).expand(S, c.num_heads, c.rope_dim)
+        k = torch.cat((up[..., : c.head_dim], k_rope), -1)
+        scores = torch.einsum("shd,thd->hst", q, k) / (c.head_dim + c.rope_dim) ** 0.5
+        seen = (documents[:, None] == documents[None, :]) & torch.ones(S, S).tril().bool()
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out = torch.einsum("hst,thd->shd", weights, up[..., c.head_dim :]).reshape(S, -1)
+        return self.linear(name + ".output", out)
+
+    def mlp(self, name: str, x: Tensor) -> Tensor:
+        gate, up = self.linear(name + ".gate_up", x).chunk(2, -1)
+        return self.linear(name + ".down", F.silu(gate) * up)
+
+    def moe(self, name: str, x: Tensor) -> Tensor:
+        c = self.c
+        scores = torch.sigmoid(self.linear(name + ".router.linear", x))
+        biased = (scores + self.biases[name + ".router.bias_E"]).detach()
+        grouped = biased.view(len(x), c.num_groups, -1)
+        best = grouped.sort(-1, descending=True).values[..., :2].sum(-1)
+        keep = best.topk(c.groups_per_token, -1).indices
+        allowed = torch.zeros_like(best).scatter(1, keep, 1).repeat_interleave(grouped.shape[-1], 1).bool()
+        chosen = biased.masked_fill(~allowed, float("-inf")).topk(c.experts_per_token, -1).indices
+        self.loads[name + ".router.bias_E"] += torch.bincount(chosen.flatten(), minlength=c.num_experts)
+        mask = torch.zeros_like(scores).scatter(1, chosen, 1)
+        gates = scores * mask
+        gates = gates / gates.sum(-1, keepdim=True) * c.route_scale
+        y = torch.stack([self.mlp(f"{name}.experts.{e}", x) for e in range(c.num_experts)], 1)
+        y = (gates.unsqueeze(-1) * y).sum(1)
+        return y + self.mlp(name + ".shared", x) if c.num_shared_experts else y
+
+    def sequence(self, tokens: Tensor, targets: Tensor, documents: Tensor, positions: Tensor) -> Tensor:
+        """The sum of the token losses of one sequence."""
+        h = self.params["embedding.weight"][tokens]
+        for layer in range(self.c.num_layers):
+            name = f"layers.{layer}"
+            h = h + self.attention(f"{name}.attention", self.norm(f"{name}.attention_norm", h), documents, positions)
+            x = self.norm(f"{name}.mlp_norm", h)
+            h = h + (self.mlp(f"{name}.mlp", x) if layer < self.c.num_dense_layers else self.moe(name, x))
+        logits = self.linear("head", self.norm("norm", h))
+        log_p = logits.log_softmax(-1)
+        known = targets >= 0
+        return -log_p[known].gather(1, targets[known, None]).sum()
+
+    def loss(self, micro_batches: Sequence[Any]) -> Tensor:
+        """The mean token loss of a global batch."""
+        count = sum(int((mb.targets_BS >= 0).sum()) for mb in micro_batches)
+        total = torch.zeros(())
+        for mb in micro_batches:
+            for row in zip(mb.tokens_BS, mb.targets_BS, mb.documents_BS, mb.positions_BS, strict=True):
+                total = total + self.sequence(*row)
+        return total / count
+
+    def update_biases(self, rate: float) -> None:
+        for name, load in self.loads.items():
+            mean = load.double().mean()
+            self.biases[name] += rate * torch.sign(mean - load.double()).to(self.biases[name].dtype)
+            load.zero_()

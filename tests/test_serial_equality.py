@@ -1,0 +1,178 @@
+"""Training under any layout equals the serial oracle: losses, every gradient, the norm, weights, router biases.
+
+The oracle sees the whole global batch in one process. Each case trains a few steps; after the first and the last
+one everything is compared by global name. A rank checks what it holds itself, so mirrors and replicas are all
+checked, not just one copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from dualpipe.schedules import make_schedule
+from model.batch import IGNORE, MicroBatch
+from model.config import ModelConfig
+from model.names import named_tensors
+from model.precision import CastPrecision
+from parallel.build import BuildOptions, build_replica
+from parallel.grads import mirrors
+from parallel.mesh import Layout, Mesh
+from tests.oracle import Oracle
+from tests.spawn import run_ranks
+from training.optimizer import OptimConfig, make_optimizer
+from training.step import train_step
+
+CONFIG = ModelConfig(
+    vocab_size=31, num_layers=5, num_dense_layers=1, hidden_size=16, dense_ffn_size=24, num_heads=2, query_rank=12,
+    key_value_rank=10, head_dim=6, rope_dim=4, value_dim=8, num_experts=8, experts_per_token=3, num_shared_experts=1,
+    expert_ffn_size=12, num_groups=4, groups_per_token=2, init_std=0.3,
+)  # fmt: skip
+OPTIM = OptimConfig(lr=1e-3, clip=0.5)
+BIAS_RATE = 0.05
+GLOBAL_MICRO_BATCHES = 16  # enough for DualPipe on 4 ranks × 2 pipelines
+
+
+@dataclass(frozen=True)
+class Case:
+    pp: int
+    ep: int = 1
+    schedule: str = "dualpipe"
+    dtype: torch.dtype = torch.float64
+    steps: int = 3
+    layers: tuple[int, ...] | None = None
+    config: ModelConfig = field(default_factory=lambda: CONFIG)
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-10 if self.dtype is torch.float64 else 1e-5
+
+
+def make_batch(step: int, num: int = GLOBAL_MICRO_BATCHES) -> list[MicroBatch]:
+    """Micro-batches of two rows with documents of random length; the number of targets differs between them."""
+    generator = torch.Generator().manual_seed(step)
+    batch = []
+    for _ in range(num):
+        B, S = 2, 10
+        tokens = torch.randint(0, CONFIG.vocab_size, (B, S + 1), generator=generator)
+        ends = torch.rand(B, S, generator=generator) < 0.2
+        documents = torch.cat((torch.zeros(B, 1, dtype=torch.int64), ends.long().cumsum(1)[:, :-1]), 1)
+        starts = torch.cat((torch.ones(B, 1, dtype=torch.bool), ends[:, :-1]), 1)
+        first = torch.where(starts, torch.arange(S), 0).cummax(1).values
+        targets = tokens[:, 1:].masked_fill(ends, IGNORE)
+        batch.append(MicroBatch(tokens[:, :-1].contiguous(), targets, documents, torch.arange(S) - first))
+    return batch
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def check_case(rank: int, case: Case, world: int) -> None:
+    """Train one layout beside the oracle in this process, comparing what this rank holds."""
+    layout = Layout(world, case.pp, case.ep)
+    num_micro_batches = GLOBAL_MICRO_BATCHES // layout.dp
+    schedule = make_schedule(case.schedule, case.pp, num_micro_batches)
+    mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60))
+    options = BuildOptions(seed=1, param_dtype=case.dtype, layers_per_stage=case.layers, timeout=timedelta(seconds=60))
+    replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
+    optimizer = make_optimizer(replica.stages, OPTIM)
+    oracle = Oracle(case.config, whole_model(case))
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in oracle.params.values() if p.dim() > 1], "weight_decay": OPTIM.weight_decay},
+            {"params": [p for p in oracle.params.values() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps,
+    )  # fmt: skip
+    for step in range(case.steps):
+        batch = make_batch(step)
+        mine = batch[mesh.dp :: layout.dp]
+        result = train_step(replica, optimizer, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE)
+        reference.zero_grad()
+        loss = oracle.loss(batch)
+        loss.backward()
+        norm = clip_plainly(list(oracle.params.values()), OPTIM.clip)
+        label = f"{case.schedule} pp={case.pp} ep={case.ep} dp={layout.dp} {case.dtype} step {step} rank {rank}"
+        assert abs(result.loss - loss.item()) <= case.tolerance * loss.item(), f"{label}: loss"
+        assert abs(result.grad_norm - norm) <= case.tolerance * norm, f"{label}: {result.grad_norm} != {norm}"
+        compare_grads(replica.stages, oracle, case.tolerance, label)
+        reference.step()
+        oracle.update_biases(BIAS_RATE)
+        compare_weights(replica.stages, oracle, case.tolerance, label)
+
+
+def clip_plainly(parameters: list[torch.Tensor], limit: float) -> float:
+    """Global-norm clipping. (torch's own adds 1e-6 to the norm, too much for a comparison to 1e-10.)"""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = float(torch.stack([g.double().square().sum() for g in grads]).sum().sqrt())
+    for grad in grads:
+        grad *= min(1.0, limit / norm)
+    return norm
+
+
+def whole_model(case: Case) -> dict[str, torch.Tensor]:
+    schedule = make_schedule("one_f_one_b", 1, 1)
+    options = BuildOptions(seed=1, param_dtype=case.dtype)
+    mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
+    replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
+    return {name: tensor.detach() for name, tensor, _ in named_tensors(replica.stages[0])}
+
+
+def compare_grads(stages: dict[int, Any], oracle: Oracle, tolerance: float, label: str) -> None:
+    for stage in stages.values():
+        parameters = dict(stage.named_parameters())
+        stacked = {local: iter(p.grad) for local, p in parameters.items() if ".experts." in local}
+        for name, tensor, local in named_tensors(stage):
+            if local in parameters:
+                grad = next(stacked[local]) if local in stacked else parameters[local].grad
+                theirs = oracle.params[name].grad
+                assert relative(grad, theirs) <= tolerance, f"{label}: gradient of {name}: {relative(grad, theirs)}"
+                assert grad.shape == tensor.shape
+
+
+def compare_weights(stages: dict[int, Any], oracle: Oracle, tolerance: float, label: str) -> None:
+    for stage in stages.values():
+        for name, tensor, _ in named_tensors(stage):
+            if name.endswith("bias_E"):
+                assert torch.equal(tensor, oracle.biases[name]), f"{label}: {name}"
+            else:
+                theirs = oracle.params[name].detach()
+                error = relative(tensor.detach(), theirs)
+                assert error <= tolerance, f"{label}: weight {name}: {error}"
+
+
+def check_cases(rank: int, world: int, cases: list[Case]) -> int:
+    for case in cases:
+        check_case(rank, case, world)
+    return len(cases)
+
+
+def both_precisions(cases: list[Case]) -> list[Case]:
+    return [replace(c, dtype=d) for c in cases for d in (torch.float64, torch.float32)]
+
+
+NO_COMPRESSION = replace(CONFIG, query_rank=0, num_shared_experts=0, groups_per_token=4, num_dense_layers=0)
+CASES = {
+    1: [Case(1, schedule="one_f_one_b"), Case(1), Case(1, config=NO_COMPRESSION)],
+    2: [
+        Case(2),
+        Case(2, schedule="one_f_one_b"),
+        Case(2, layers=(1, 4)),
+        Case(1, ep=2),
+        Case(2, config=NO_COMPRESSION),
+    ],
+    4: [Case(4), Case(4, schedule="one_f_one_b"), Case(4, layers=(2, 1, 1, 1))]
+    + [Case(2, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")],
+    8: [Case(4, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")] + [Case(2, ep=4), Case(1, ep=8)],
+}
+
+
+@pytest.mark.parametrize("world", sorted(CASES))
+def test_training_equals_the_serial_oracle(world: int) -> None:
+    cases = both_precisions(CASES[world])
+    assert run_ranks(world, check_cases, cases, timeout=500) == [len(cases)] * world
