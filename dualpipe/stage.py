@@ -48,9 +48,11 @@ class CommOp(Protocol):
     One object serves one micro-batch, so it may keep what the backward needs (counts, permutations).
     """
 
-    def start(self, *inputs: Any) -> Pending: ...
+    @property
+    def start(self) -> Callable[..., Pending]: ...
 
-    def start_backward(self, *grads: Tensor | None) -> Pending: ...
+    @property
+    def start_backward(self) -> Callable[..., Pending]: ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ weight goes to the weight-gradient queue and is accumulated in the parameter's o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate as running_sum
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -124,3 +126,21 @@ def _add_product(grad_OI: Tensor, dy_TO: Tensor, x_TI: Tensor) -> None:
         grad_OI.addmm_(dy_TO.t(), x_TI)
     else:
         grad_OI.add_(dy_TO.t() @ x_TI)
+
+
+# Name → activation dtype and parameter dtype. fp64 is for exactness checks.
+PRECISIONS: Mapping[str, tuple[torch.dtype, torch.dtype]] = MappingProxyType(
+    {
+        "fp32": (torch.float32, torch.float32),
+        "bf16": (torch.bfloat16, torch.float32),
+        "fp64": (torch.float64, torch.float64),
+    }
+)
+
+
+def make_precision(name: str) -> tuple[Precision, torch.dtype]:
+    """A precision by name, and the dtype in which it wants the parameters. Raises ValueError for an unknown name."""
+    if name not in PRECISIONS:
+        raise ValueError(f"precision.name={name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    compute, parameters = PRECISIONS[name]
+    return CastPrecision(compute), parameters

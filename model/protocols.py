@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
-
 
 class WeightGrads(Protocol):
     """Takes weight-gradient closures and runs them now or later (dualpipe/wgrad.py)."""
@@ -24,9 +22,11 @@ class Pending(Protocol):
 class CommOp(Protocol):
     """Communication with a hand-written backward (dualpipe/stage.py)."""
 
-    def start(self, *inputs: Any) -> Pending: ...
+    @property
+    def start(self) -> Callable[..., Pending]: ...
 
-    def start_backward(self, *grads: Tensor | None) -> Pending: ...
+    @property
+    def start_backward(self) -> Callable[..., Pending]: ...
 
 
 @dataclass(frozen=True)

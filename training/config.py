@@ -1,0 +1,125 @@
+"""The whole configuration as typed dataclasses. Hydra composes it from conf/ and the command line.
+
+A mistyped key or a value of the wrong type fails while composing. What only shows in combination (sizes that do not
+divide, too few micro-batches) is checked by `training/validate.py`, before any process group exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from model.config import ModelConfig
+from training.optimizer import OptimConfig
+
+
+@dataclass
+class DataConfig:
+    path: str | None = None  # a folder (or file) of your own text; null = Python's standard library
+    cache_dir: str = ".cache/corpus"
+    seq_len: int = 256
+    micro_batch_size: int = 8  # sequences
+    val_fraction: float = 0.05
+
+
+@dataclass
+class ParallelConfig:
+    pp: int = 2  # pipeline ranks
+    ep: int = 1  # ranks that share a layer's routed experts; divides the data-parallel ranks
+    layers_per_stage: list[int] = field(default_factory=list)  # [] = equal
+    overlap: str = "auto"  # on | off | auto (= on): interleave the two chunks of a pair
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = "dualpipe"
+    micro_batches: int = 4  # per pipeline and step; more of them = gradient accumulation
+
+
+@dataclass
+class PrecisionConfig:
+    name: str = "fp32"
+
+
+@dataclass
+class BalanceConfig:
+    bias_rate: float = 0.001  # γ of the router bias; 0 = no balancing
+
+
+@dataclass
+class LoggerConfig:
+    name: str = "wandb"  # wandb | none; metrics.jsonl is always written
+    project: str = "dualpipe"
+    mode: str = "offline"  # offline | online
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LaunchConfig:
+    device: str = "auto"  # auto | cpu | cuda
+    timeout_seconds: float = 120.0  # after which a silent peer is given up
+    threads: int = 0  # CPU threads per process; 0 = cores divided by local processes
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    run: str = "default"  # name of the run: its folder is runs/<run>
+    runs_dir: str = "runs"
+    resume: str = "auto"  # auto = go on from the newest checkpoint of this run, if any | never
+    seed: int = 0
+    steps: int = 300
+    eval_every: int = 50
+    eval_batches: int = 2  # global batches of validation text
+    save_every: int = 100
+    keep_last: int = 2  # checkpoints
+    log_every: int = 10
+    sample_tokens: int = 160  # length of the text sample at the end; 0 = none
+
+
+_GROUPS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "schedule": ScheduleConfig,
+    "precision": PrecisionConfig,
+    "optim": OptimConfig,
+    "balance": BalanceConfig,
+    "logger": LoggerConfig,
+    "launch": LaunchConfig,
+}
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra: `schema` for the whole, `<group>/schema` for each group."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, schema in _GROUPS.items():
+        store.store(group=group, name="schema", node=schema)
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """The composed configuration as dataclasses. Raises ValueError if a value is missing."""
+    config = OmegaConf.to_object(composed)
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"the configuration is a {type(config).__name__}, not built on the schema of training/config.py"
+        )
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain dicts, lists, numbers and strings, for checkpoints and loggers."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]

@@ -1,0 +1,101 @@
+"""From a composed configuration to an exit code: prepare, train, report, and say clearly what went wrong.
+
+A wrong configuration ends before anything is started, with one message from rank 0. A failure in the middle of
+training names the rank, the step and, when a peer is lost, that peer. Failing ranks leave at once: waiting for a
+dead peer's cooperation in a clean shutdown is how jobs hang.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from training.checkpoint import CheckpointError, checkpoint_path
+from training.config import Config
+from training.curve import draw_curve
+from training.sample import sample_text
+from training.trainer import Job, Trainer, join_process_group, prepare
+
+BAD_CONFIG, FAILED, TERMINATED = 2, 1, 143
+
+
+def run(config: Config) -> int:
+    """Run the whole job in this process; returns the exit code."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        job = prepare(config, world)
+    except (ValueError, CheckpointError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return BAD_CONFIG
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer(job, join_process_group(job))
+        _announce_termination(rank, trainer)
+        val_loss = trainer.fit()
+        if rank == 0:
+            _report(job, trainer, val_loss)
+        _leave_together()
+    except Exception:
+        where = f"in step {trainer.step + 1}" if trainer is not None else "while starting"
+        _die(f"[rank {rank}] failed {where}:\n{traceback.format_exc()}", job)
+    return 0
+
+
+def _report(job: Job, trainer: Trainer, val_loss: float) -> None:
+    """What a user wants to know at the end, and the command to go on."""
+    config = job.config
+    path = checkpoint_path(job.checkpoints, trainer.step)
+    metrics, picture = job.run_dir / "metrics.jsonl", job.run_dir / "curve.png"
+    draw_curve(
+        metrics, picture, f"{config.run}: {config.schedule.name}, PP {config.parallel.pp}, EP {config.parallel.ep}"
+    )
+    trainer.logger.image(trainer.step, "curve", picture)
+    if config.sample_tokens:
+        trainer.logger.text(
+            trainer.step, "sample", sample_text(path, "import ", config.sample_tokens, seed=config.seed)
+        )
+    trainer.logger.close()
+    print(f"validation loss  {val_loss:.4f} nats per byte (uniform guessing: 5.55)")
+    print(f"checkpoint       {path}")
+    print(f"metrics          {metrics}")
+    print(f"W&B run          {trainer.wandb_path or 'off (logger=none)'}")
+    print(f"resume           {resume_command(job)}", flush=True)
+
+
+def resume_command(job: Job) -> str:
+    """The command line that goes on with this run for as many steps again."""
+    kept = [a for a in sys.argv[1:] if not a.startswith(("steps=", "run=", "resume="))]
+    words = [f"run={job.config.run}", f"steps={2 * job.config.steps}", *kept]
+    return (
+        f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)} {Path(sys.argv[0]).name} {' '.join(words)}"
+    )
+
+
+def _announce_termination(rank: int, trainer: Trainer) -> None:
+    """torchrun ends the surviving ranks with SIGTERM when one has died: say in which step that was."""
+
+    def on_term(number: int, frame: FrameType | None) -> None:
+        _die(f"[rank {rank}] ended by SIGTERM in step {trainer.step + 1}", trainer.job, TERMINATED)
+
+    signal.signal(signal.SIGTERM, on_term)
+
+
+def _leave_together() -> None:
+    """Wait for rank 0's report, then close the process group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _die(message: str, job: Job, code: int = FAILED) -> NoReturn:
+    hint = f"The newest checkpoint in {job.checkpoints} is whole; the same command goes on from it."
+    print(f"{message}\n{hint}", file=sys.stderr, flush=True)
+    os._exit(code)

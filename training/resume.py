@@ -1,0 +1,67 @@
+"""Where does a run start? At its newest checkpoint, if that belongs to the same experiment.
+
+The layout may change between the two, names are global. What may not change under a run's feet is what it learns
+and from what: the model, the text, its order, and the size of the global batch, on which the data position rests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from parallel.mesh import Layout
+from training.checkpoint import list_checkpoints, read_run_state
+from training.config import Config, to_dict
+
+_FIXED = ("model", "seed", "data.path", "data.seq_len", "data.val_fraction")
+
+
+def find_resume_point(config: Config, layout: Layout) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Raises ValueError if the run's checkpoints belong to a different experiment, or exist although resume=never.
+    """
+    found = list_checkpoints(Path(config.runs_dir) / config.run / "checkpoints")
+    if not found:
+        return None
+    if config.resume == "never":
+        raise ValueError(
+            f"{config.runs_dir}/{config.run} already has checkpoints; choose another run=NAME, or resume=auto to go on"
+        )
+    newest = found[-1]
+    state = read_run_state(newest)
+    ours = to_dict(config)
+    for key in _FIXED:
+        before, now = lookup(state.config, key), lookup(ours, key)
+        if before != now:
+            difference = _difference(key, before, now)
+            raise ValueError(f"{newest} was trained with {difference}; go back to that, or choose another run=NAME")
+    before, now = global_batch(state.config, state.world), global_batch(ours, layout.world)
+    if before != now:
+        raise ValueError(
+            f"{newest} was trained with {before} sequences per step, this run would use {now}; make "
+            f"schedule.micro_batches × data.micro_batch_size × data-parallel ranks {before}, or choose another run=NAME"
+        )
+    return newest
+
+
+def global_batch(config: dict[str, Any], world: int) -> int:
+    """Sequences per step."""
+    pipelines = world // config["parallel"]["pp"]
+    return pipelines * config["schedule"]["micro_batches"] * config["data"]["micro_batch_size"]
+
+
+def lookup(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """`model.hidden_size=128 (now 256)`, for the first value that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                return _difference(f"{key}.{name}", before.get(name), now.get(name))
+    return f"{key}={before} (now {now})"

@@ -1,0 +1,218 @@
+"""The training loop: everything that one rank does from process group to final checkpoint.
+
+    prepare (validate, corpus, resume point) → process group → mesh, model, optimizer → steps → last evaluation
+
+What every rank must agree on (steps, data, learning rate, when to evaluate and save) is a pure function of the
+configuration and the step, so ranks need not ask each other.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe.schedule import Schedule
+from model.batch import MicroBatch
+from model.precision import make_precision
+from model.router import max_violation
+from parallel.build import BuildOptions, build_replica
+from parallel.grads import mirrors
+from parallel.mesh import Layout, Mesh
+from training import checkpoint
+from training.checkpoint import RunState
+from training.config import Config, to_dict
+from training.corpus import Corpus, prepare_corpus
+from training.data import BatchPlan, PackedDataset
+from training.loggers import CompositeLogger, ConsoleLogger, JsonlLogger, WandbLogger, new_run_id
+from training.optimizer import learning_rate, make_optimizer
+from training.resume import find_resume_point
+from training.step import StepResult, evaluate, train_step
+from training.validate import resolve_device, validate
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated configuration with all that can be known before the process group: nothing in it needs a peer."""
+
+    config: Config
+    layout: Layout
+    schedule: Schedule
+    corpus: Corpus
+    device: torch.device
+    resume: Path | None  # the checkpoint to go on from
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.runs_dir) / self.config.run
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        c = self.config
+        return BatchPlan(c.data.micro_batch_size, c.schedule.micro_batches, self.layout.dp)
+
+    @property
+    def options(self) -> BuildOptions:
+        c = self.config
+        return BuildOptions(
+            seed=c.seed,
+            param_dtype=make_precision(c.precision.name)[1],
+            device=self.device,
+            layers_per_stage=tuple(c.parallel.layers_per_stage) or None,
+            overlap=c.parallel.overlap != "off",
+            timeout=timedelta(seconds=c.launch.timeout_seconds),
+        )
+
+    def dataset(self, split: str) -> PackedDataset:
+        tokens = self.corpus.tokens("train" if split == "train" else "val")
+        return PackedDataset(tokens, self.config.data.seq_len, self.config.seed, self.corpus.tokenizer.eod)
+
+
+def prepare(config: Config, world: int) -> Job:
+    """Validate, read or build the corpus, find the checkpoint to resume from. Raises ValueError with one message."""
+    layout, schedule = validate(config, world)
+    corpus = prepare_corpus(
+        config.data.path, Path(config.data.cache_dir), config.data.val_fraction, exclude=[Path(config.runs_dir)]
+    )
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is too small for the {corpus.tokenizer.vocab_size} tokens of "
+            f"the tokenizer; raise model.vocab_size"
+        )
+    device = resolve_device(config.launch.device)
+    job = Job(config, layout, schedule, corpus, device, find_resume_point(config, layout))
+    for split in ("train", "val"):
+        job.dataset(split)
+    return job
+
+
+def join_process_group(job: Job) -> Mesh:
+    """Meet the other processes (torchrun's environment variables) and make the groups of the mesh."""
+    threads = job.config.launch.threads or (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, threads))
+    timeout = timedelta(seconds=job.config.launch.timeout_seconds)
+    if job.layout.world > 1:
+        if job.device.type == "cuda":
+            torch.cuda.set_device(job.device)
+        dist.init_process_group("nccl" if job.device.type == "cuda" else "gloo", timeout=timeout)
+    return Mesh.create(job.layout, mirrors(job.schedule), timeout)
+
+
+class Trainer:
+    """One rank's run. `step` is the number of finished steps."""
+
+    def __init__(self, job: Job, mesh: Mesh) -> None:
+        self.job, self.mesh = job, mesh
+        precision, _ = make_precision(job.config.precision.name)
+        self.replica = build_replica(job.config.model, job.schedule, mesh, precision, job.options)
+        self.optimizer = make_optimizer(self.replica.stages, job.config.optim)
+        self.train_data, self.val_data = job.dataset("train"), job.dataset("val")
+        self.step = 0
+        self.wandb_id = new_run_id()
+        if job.resume is not None:
+            checkpoint.load(job.resume, self.replica.stages, self.optimizer, mesh)
+            state = checkpoint.read_run_state(job.resume)
+            self.step, self.wandb_id = state.step, state.wandb_id
+        self.logger = self._make_logger() if mesh.rank == 0 else CompositeLogger([])
+
+    def fit(self) -> float:
+        """Train to the configured step; returns the final validation loss in nats per token."""
+        config = self.job.config
+        saved = self.step if self.job.resume is not None else None
+        val_loss = None
+        while self.step < config.steps:
+            self._train_one_step()
+            val_loss = None
+            if self.step % config.eval_every == 0 or self.step == config.steps:
+                val_loss = self._validate()
+            if self.step % config.save_every == 0:
+                saved = self._save()
+        if saved != self.step:
+            self._save()
+        return self._validate() if val_loss is None else val_loss
+
+    def _train_one_step(self) -> None:
+        config = self.job.config
+        started = time.perf_counter()
+        batch = self._on_device(self.job.batch_plan.step_batch(self.train_data, self.step, self.mesh.dp))
+        lr = learning_rate(config.optim, self.step, config.steps)
+        result = train_step(self.replica, self.optimizer, batch, lr, config.optim.clip, config.balance.bias_rate)
+        self.step += 1
+        self.logger.log(self.step, self._metrics(result, lr, time.perf_counter() - started))
+
+    def _metrics(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
+        tokens = self.job.batch_plan.global_batch_size * self.job.config.data.seq_len
+        return {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/lr": lr,
+            "train/tokens": float(self.step * tokens),
+            "train/tokens_per_second": tokens / seconds,
+            "train/skipped": float(result.skipped),
+            "balance/max_vio": worst_violation(result.load_LE, self.mesh),
+        }
+
+    def _validate(self) -> float:
+        """Mean loss per target over the fixed validation text."""
+        per_step = self.job.config.schedule.micro_batches
+        plan = self.job.batch_plan
+        whole = BatchPlan(plan.micro_batch_size, per_step * self.job.config.eval_batches, plan.dp_size)
+        batch = self._on_device(whole.validation_batch(self.val_data, self.mesh.dp))
+        total, count = 0.0, 0
+        for start in range(0, len(batch), per_step):
+            loss, targets = evaluate(self.replica, batch[start : start + per_step])
+            total, count = total + loss * targets, count + targets
+        self.logger.log(self.step, {"val/loss": total / count})
+        return total / count
+
+    def _save(self) -> int:
+        state = RunState(self.step, to_dict(self.job.config), self.wandb_id, self.job.layout.world)
+        checkpoint.save(self.job.checkpoints, state, self.replica.stages, self.optimizer, self.mesh)
+        if self.mesh.rank == 0:
+            checkpoint.prune(self.job.checkpoints, self.job.config.keep_last)
+        return self.step
+
+    def _on_device(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+        return [mb.to(self.job.device) for mb in batch]
+
+    def _make_logger(self) -> CompositeLogger:
+        config = self.job.config
+        self.job.run_dir.mkdir(parents=True, exist_ok=True)
+        jsonl = JsonlLogger(self.job.run_dir / "metrics.jsonl", self.step)
+        console = ConsoleLogger(config.steps, config.log_every)
+        if config.logger.name == "none":
+            return CompositeLogger([jsonl, console])
+        wandb = WandbLogger(
+            self.job.run_dir,
+            self.wandb_id,
+            config.logger.project,
+            name=config.run,
+            mode="online" if config.logger.mode == "online" else "offline",
+            config=to_dict(config),
+            tags=config.logger.tags,
+        )
+        self.wandb_path = wandb.run_path
+        return CompositeLogger([jsonl, console, wandb])
+
+    wandb_path: Path | None = None
+
+
+def worst_violation(load_LE: Tensor, mesh: Mesh) -> float:
+    """MaxVio of the least balanced layer of the whole model; 0 without experts."""
+    worst = torch.zeros((), dtype=torch.float64)
+    if load_LE.numel():
+        worst = max_violation(load_LE).amax().cpu()
+    if mesh.control is not None:
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=mesh.control)
+    return float(worst)

@@ -1,0 +1,104 @@
+"""Does a configuration hold together? Checked before any process group, file or folder is made.
+
+Every message names the override that mends it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+
+import torch
+
+from dualpipe.schedule import Schedule
+from dualpipe.schedules import SCHEDULES, make_schedule
+from model.config import split_layers
+from model.precision import make_precision
+from parallel.grads import mirrors
+from parallel.mesh import Layout
+from training.config import Config
+
+
+def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
+    """Check the whole configuration for `world` processes; returns the layout and the schedule that it asks for.
+
+    Raises ValueError with one message for the first thing that is wrong.
+    """
+    config.model.check()
+    config.optim.check()
+    _check_numbers(config)
+    _check_choices(config)
+    make_precision(config.precision.name)
+    schedule = _schedule(config)
+    layout = Layout(world, config.parallel.pp, config.parallel.ep)
+    if config.model.num_experts % config.parallel.ep:
+        raise ValueError(
+            f"model.num_experts={config.model.num_experts} is not divisible by parallel.ep={config.parallel.ep}; "
+            f"change one of them"
+        )
+    split_layers(config.model, schedule.num_stages, config.parallel.layers_per_stage)
+    mirrors(schedule)
+    if config.data.path is not None and not os.path.exists(config.data.path):
+        raise ValueError(f"data.path={config.data.path} does not exist; give a folder or a file of text")
+    return layout, schedule
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process for launch.device. Raises ValueError if there is none of that kind."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("launch.device=cuda, but torch sees no GPU here; use launch.device=cpu")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def _schedule(config: Config) -> Schedule:
+    if config.schedule.name not in SCHEDULES:
+        raise ValueError(f"schedule.name={config.schedule.name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    try:
+        return make_schedule(config.schedule.name, config.parallel.pp, config.schedule.micro_batches)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (parallel.pp={config.parallel.pp}, schedule.micro_batches={config.schedule.micro_batches}; "
+            f"change one of them, or schedule)"
+        ) from error
+
+
+def _check_numbers(config: Config) -> None:
+    at_least_one = ("steps", "eval_every", "eval_batches", "save_every", "keep_last", "log_every")
+    limits = [(name, getattr(config, name), 1, math.inf) for name in at_least_one] + [
+        ("sample_tokens", config.sample_tokens, 0, math.inf),
+        ("seed", config.seed, 0, 2**63 - 1),
+        ("data.seq_len", config.data.seq_len, 2, math.inf),
+        ("data.micro_batch_size", config.data.micro_batch_size, 1, math.inf),
+        ("balance.bias_rate", config.balance.bias_rate, 0, 1),
+        ("launch.threads", config.launch.threads, 0, 4096),
+        ("schedule.micro_batches", config.schedule.micro_batches, 1, math.inf),
+        ("parallel.pp", config.parallel.pp, 1, math.inf),
+        ("parallel.ep", config.parallel.ep, 1, math.inf),
+    ]
+    for name, value, low, high in limits:
+        if not low <= value <= high:
+            bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{name}={value} must be {bound}")
+    if not 0 < config.data.val_fraction < 1:
+        raise ValueError(f"data.val_fraction={config.data.val_fraction} must be between 0 and 1, both excluded")
+    if not 1 <= config.launch.timeout_seconds <= 86_400:
+        raise ValueError(f"launch.timeout_seconds={config.launch.timeout_seconds} must be between 1 and 86400")
+
+
+def _check_choices(config: Config) -> None:
+    choices = [
+        ("parallel.overlap", config.parallel.overlap, ("auto", "on", "off")),
+        ("logger.name", config.logger.name, ("wandb", "none")),
+        ("logger.mode", config.logger.mode, ("offline", "online")),
+        ("launch.device", config.launch.device, ("auto", "cpu", "cuda")),
+        ("resume", config.resume, ("auto", "never")),
+    ]
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+    resolve_device(config.launch.device)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run):
+        raise ValueError(f"run={config.run!r} must be a plain name of letters, digits, '.', '_' and '-'")
