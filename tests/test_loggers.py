@@ -217,10 +217,12 @@ def test_wandb_unreachable_falls_back(wandb_home: Path, tmp_path: Path, monkeypa
 
 def test_broken_wandb_does_not_end_the_run(wandb_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = WandbLogger(wandb_home, new_run_id(), "test")
-    with pytest.warns(RuntimeWarning, match=r"could not log \(.*No such file") as caught:
-        logger.image(1, "curve", tmp_path / "missing.png")
-        log_something(logger, 1, tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"could not log something.*No such file") as caught:
+        for step in (1, 2):
+            logger.image(step, "curve", tmp_path / "missing.png")
+        log_something(logger, 3, tmp_path)
     assert [w.category for w in caught].count(RuntimeWarning) == 1
+    assert b"train/loss" in next(logger.run_path.glob("*.wandb")).read_bytes()
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.warns(RuntimeWarning, match=r"could not start offline \(ModuleNotFoundError"):
@@ -254,10 +256,11 @@ class Recorder:
             raise OSError("disk full")
 
 
-def test_composite_reaches_and_closes_all() -> None:
+@pytest.mark.parametrize("failing", [0, 1])
+def test_composite_reaches_and_closes_all(failing: int) -> None:
     first: list = []
     second: list = []
-    logger = CompositeLogger([Recorder(first, fails=True), Recorder(second)])
+    logger = CompositeLogger([Recorder(first, fails=failing == 0), Recorder(second, fails=failing == 1)])
     logger.log(1, {"train/loss": 2.0})
     logger.text(1, "a", "b")
     logger.image(1, "c", Path("d"))

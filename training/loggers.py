@@ -2,7 +2,7 @@
 
 A metric has a name such as "train/loss" and is logged with the step it belongs to: step s is the state after s
 updates. Only one process logs. Logging must never end a run: a value that is not finite is written as a word, and a
-W&B that fails is warned about once and left alone.
+W&B that fails is warned about once.
 
 After an interruption the steps since the last checkpoint are done again. The file forgets the first attempt, so each
 step stands in it once; W&B keeps the first attempt's points, which are equal because resumption is exact.
@@ -224,8 +224,7 @@ class WandbLogger:
 
     A resumed run passes the same run_id: online the run goes on; offline a second folder with that id is written,
     and `wandb sync` joins them. Online without a key, or without an answer within `patience_s`, falls back to
-    offline: nothing is ever asked on the terminal. If W&B fails altogether, one warning says so and the logger does
-    nothing from there on.
+    offline: nothing is ever asked on the terminal. What W&B cannot do is warned about once, and the run goes on.
     """
 
     def __init__(
@@ -242,6 +241,7 @@ class WandbLogger:
         if mode not in ("offline", "online"):
             raise ValueError(f"logger.mode={mode} is unknown; use logger.mode=offline or online, or logger=none")
         self._run: Any = None
+        self._warned: set[str] = set()
         self.run_path: Path | None = None  # the local folder, to give to `wandb sync`
         settings = {"id": run_id, "project": project, "name": name, "config": dict(config or {}), "tags": list(tags)}
         attempts: tuple[WandbMode, ...] = ("online", "offline") if mode == "online" else ("offline",)
@@ -280,21 +280,21 @@ class WandbLogger:
         self.run_path = Path(self._run.dir).parent
 
     def _send(self, step: int, build: Callable[[Any], dict[str, Any]]) -> None:
-        if self._run is not None:
+        def send() -> None:
             import wandb
 
-            if not self._attempt("log", lambda: self._run.log(build(wandb), step=step)):
-                self._run = None
+            self._run.log(build(wandb), step=step)
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> bool:
-        """Do it, or warn. Whatever goes wrong inside W&B, from a missing package on, is no reason to stop a run."""
+        if self._run is not None:
+            self._attempt("log something", send)
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+        """Do it, or warn, once. Whatever goes wrong in W&B, a missing package even, is no reason to end a run."""
         try:
             action()
         except Exception as error:
-            warnings.warn(
-                f"W&B could not {what} ({type(error).__name__}: {error}); the run goes on, metrics.jsonl has all",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return False
-        return True
+            if what not in self._warned:
+                self._warned.add(what)
+                reason = f"{type(error).__name__}: {error}"
+                message = f"W&B could not {what} ({reason}); the run goes on, metrics.jsonl has all"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
