@@ -6,8 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from dualpipe.arguments import add_schedule, schedule_from
+from dualpipe.arguments import add_costs, add_schedule, add_size, costs_from, schedule_from
+from dualpipe.compare import compare, comparison_table
 from dualpipe.schedules import SCHEDULES, options_of
+from dualpipe.simulator import simulate
+from dualpipe.table import format_table
 from dualpipe.validate import validate
 
 INTRODUCTION = """\
@@ -18,6 +21,9 @@ its backward, 0I3 and 0W3 the two halves of a split backward (gradient of inputs
 (0F3;7B1)OVERLAP_F_B a forward and a backward that run overlapped. This is the text form of
 torch.distributed.pipelining, so schedules can be carried both ways.
 """
+
+
+Commands = argparse._SubParsersAction
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_show(commands)
     _add_validate(commands)
+    _add_simulate(commands)
+    _add_compare(commands)
     return parser
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: Commands,
     name: str,
     run: Callable[[argparse.Namespace], None],
     summary: str,
@@ -60,7 +68,7 @@ def _command(
     return parser
 
 
-def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_show(commands: Commands) -> None:
     named = "\n".join(f"  {name:18} {_summary(name)}" for name in SCHEDULES)
     teach = (
         f"The schedules:\n{named}\n\nexample: python -m dualpipe show --schedule dualpipe --ranks 8 --micro-batches 20"
@@ -79,7 +87,7 @@ def _show(args: argparse.Namespace) -> None:
     print(schedule_from(args).to_csv(), end="")
 
 
-def _add_validate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_validate(commands: Commands) -> None:
     teach = """\
 A schedule is correct if every micro-batch passes every stage once forward and once backward (B, or I and W), each
 action stands on the rank that holds its stage, and no ranks wait for each other for ever. The first fault is named,
@@ -98,6 +106,52 @@ def _validate(args: argparse.Namespace) -> None:
         f"{schedule.name} is valid: {schedule.num_ranks} ranks, {schedule.num_stages} stages, "
         f"{schedule.num_micro_batches} micro-batches, {schedule.num_directions} {directions}"
     )
+
+
+def _add_simulate(commands: Commands) -> None:
+    teach = """\
+Runs the schedule on paper: a step starts when its rank is free and what it needs has arrived. Idle is the makespan
+less what the rank computed; activations and deferred weight gradients are the most alive at once, in stages x
+micro-batches. A split backward keeps its activation until W.
+
+examples: python -m dualpipe simulate --schedule dualpipe --ranks 8 --micro-batches 20
+          python -m dualpipe simulate --schedule zbv --ranks 4 --forward 1 --backward 2.3 --weights 0.9 --latency 0.1"""
+    parser = _command(commands, "simulate", _simulate, "predict makespan, idle time and memory", teach)
+    add_schedule(parser)
+    add_costs(parser)
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    schedule = schedule_from(args)
+    validate(schedule)
+    timeline = simulate(schedule, costs_from(args, schedule.num_stages))
+    print(f"{schedule.name}: makespan {timeline.makespan:.6g}, bubble {timeline.bubble:.2%}\n")
+    columns = (timeline.busy, timeline.idle, timeline.peak_activations, timeline.peak_deferred)
+    rows = [(str(rank), *(f"{column[rank]:.6g}" for column in columns)) for rank in range(schedule.num_ranks)]
+    print(format_table(("rank", "busy", "idle", "activations", "deferred W"), rows))
+
+
+def _add_compare(commands: Commands) -> None:
+    teach = """\
+Two tables. At equal stages the model is cut into R stages, and schedules that hold two stages per rank use R/2 devices.
+At equal devices everyone has R, and two stages on a rank are half as thick. The costs are those of an R-th of the
+model. `formula` is the published bubble, `idle` the simulated one, over the ranks: they agree at the default costs and
+approximate each other at others. `params` and `acts` are stages' worth on the fullest rank.
+
+examples: python -m dualpipe compare --ranks 8 --micro-batches 20
+          python -m dualpipe compare --ranks 8 --micro-batches 20 --backward 2.5 --weights 1.2 --overlap 0.914"""
+    parser = _command(commands, "compare", _compare, "compare all schedules at equal stages and equal devices", teach)
+    add_size(parser)
+    add_costs(parser)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    if args.ranks < 1:
+        raise ValueError(f"--ranks {args.ranks}: at least 1 is needed")
+    costs = costs_from(args, args.ranks)
+    for equal in ("stages", "devices"):
+        print(f"Equal {equal}: {args.ranks} {equal}, {args.micro_batches} micro-batches\n")
+        print(comparison_table(compare(costs, args.micro_batches, equal)), end="\n\n")
 
 
 if __name__ == "__main__":
