@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dualpipe.arguments import add_costs, add_schedule, add_size, costs_from, schedule_from
 from dualpipe.compare import compare, comparison_table
+from dualpipe.perfetto import to_perfetto
+from dualpipe.plot import save_plot
 from dualpipe.schedules import SCHEDULES, options_of
 from dualpipe.simulator import simulate
 from dualpipe.table import format_table
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_show(commands)
     _add_validate(commands)
     _add_simulate(commands)
+    _add_plot(commands)
     _add_compare(commands)
     return parser
 
@@ -129,6 +133,36 @@ def _simulate(args: argparse.Namespace) -> None:
     columns = (timeline.busy, timeline.idle, timeline.peak_activations, timeline.peak_deferred)
     rows = [(str(rank), *(f"{column[rank]:.6g}" for column in columns)) for rank in range(schedule.num_ranks)]
     print(format_table(("rank", "busy", "idle", "activations", "deferred W"), rows))
+
+
+def _add_plot(commands: Commands) -> None:
+    teach = """\
+Simulates the schedule and draws it in the manner of the DualPipe report: rows are ranks, colours are kinds, numbers
+are micro-batches, overlapped pairs share a border. The ending of each file says what is written: .svg or .png (these
+need matplotlib), or .json, a trace for ui.perfetto.dev.
+
+example: python -m dualpipe plot --schedule dualpipe --ranks 8 --micro-batches 20 --out dualpipe.svg --out trace.json"""
+    parser = _command(commands, "plot", _plot, "draw the simulated timeline", teach)
+    parser.add_argument(
+        "--out", metavar="FILE", action="append", required=True, help="FILE.svg, .png or .json; may be repeated"
+    )
+    add_schedule(parser)
+    add_costs(parser)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    schedule = schedule_from(args)
+    validate(schedule)
+    timeline = simulate(schedule, costs_from(args, schedule.num_stages))
+    for path in map(Path, args.out):
+        try:
+            if path.suffix == ".json":
+                path.write_text(to_perfetto([timeline]), encoding="utf-8")
+            else:
+                save_plot([timeline], path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        print(path)
 
 
 def _add_compare(commands: Commands) -> None:

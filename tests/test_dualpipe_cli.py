@@ -11,7 +11,7 @@ import pytest
 from dualpipe.__main__ import main
 from dualpipe.schedules import SCHEDULES, make_schedule
 
-COMMANDS = ["show", "validate", "simulate", "compare"]
+COMMANDS = ["show", "validate", "simulate", "plot", "compare"]
 
 
 def test_show_as_a_process_prints_one_row_per_rank_without_loading_torch() -> None:
