@@ -1,0 +1,73 @@
+"""Who may import whom (CONTRIBUTING.md), read from the source: no module is run."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = frozenset({"dualpipe", "model", "parallel", "training"})
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "dualpipe": frozenset(),
+    "model": frozenset(),
+    "parallel": frozenset({"dualpipe", "model"}),
+    "training": frozenset({"dualpipe", "model", "parallel"}),
+    "train.py": frozenset({"training"}),
+}
+ENGINE_MAY_IMPORT = sys.stdlib_module_names | {"torch"}
+
+
+def imports(source: str, package: str) -> set[str]:
+    """The top-level packages that a module of `package` imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(package if node.level else (node.module or "").split(".")[0])
+    return found
+
+
+def forbidden(source: str, package: str) -> set[str]:
+    """The imports in `source` that a module of `package` may not make."""
+    others = imports(source, package) - {package}
+    wrong = others & ((OURS - MAY_IMPORT[package]) | {"tests", "benchmarks"})
+    return wrong | (others - ENGINE_MAY_IMPORT if package == "dualpipe" else set())
+
+
+def modules(package: str) -> list[Path]:
+    path = ROOT / package
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    found = modules(package)
+    assert found, f"{package} has no modules: was it moved?"
+    wrong = {str(p.relative_to(ROOT)): names for p in found if (names := forbidden(p.read_text(), package))}
+    assert not wrong, f"may not be imported there (CONTRIBUTING.md): {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "wrong"),
+    [
+        ("import model.config", "dualpipe", {"model"}),
+        ("def f():\n    from parallel.mesh import Mesh", "model", {"parallel"}),
+        ("import numpy", "dualpipe", {"numpy"}),
+        ("import numpy", "model", set()),
+        ("from training.step import train_step", "parallel", {"training"}),
+        ("from dualpipe.schedule import Kind\nfrom . import mesh", "parallel", set()),
+        ("import dualpipe, parallel", "train.py", {"dualpipe", "parallel"}),
+        ("from tests.oracle import Oracle", "training", {"tests"}),
+        ("import torch, os, dualpipe.stage", "dualpipe", set()),
+    ],
+)
+def test_the_check_sees_what_it_should(source: str, package: str, wrong: set[str]) -> None:
+    assert forbidden(source, package) == wrong
+
+
+def test_train_py_stays_an_entry_point() -> None:
+    assert len((ROOT / "train.py").read_text().splitlines()) < 80
