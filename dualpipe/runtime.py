@@ -12,6 +12,7 @@ what this step needs, run it, send its results. A failure names the rank, the st
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,7 @@ from dualpipe.overlap import backward_order, forward_order, pair_order, run_piec
 from dualpipe.p2p import P2P, Links, PeerLostError
 from dualpipe.schedule import Action, Kind, Pair, Schedule, Step
 from dualpipe.stage import Stage, TensorSpec
+from dualpipe.timeline import COMPUTE, Span
 from dualpipe.validate import validate
 from dualpipe.wgrad import WeightGradQueue
 
@@ -53,6 +55,9 @@ class Pipeline:
     links     process groups of the pipeline; may be None when the schedule has one rank.
     queue     where the stages' layers put their weight gradients.
     overlap   interleave the two chunks of a pair (else run F, then B).
+    timeout   how long a message may take before its sender is given up.
+
+    With `record = True` every step of the schedule leaves a span in `spans`, in seconds of this host's clock.
 
     Raises InvalidScheduleError for a bad schedule and ValueError for stages that do not fit it.
     """
@@ -69,6 +74,8 @@ class Pipeline:
         timeout: timedelta = timedelta(minutes=5),
     ) -> None:
         validate(schedule)
+        self.record = False
+        self.spans: list[Span] = []
         if sorted(stages) != list(schedule.stages_of(rank)):
             raise ValueError(
                 f"rank {rank} of {schedule.name} holds stages {schedule.stages_of(rank)}; got {sorted(stages)}"
@@ -81,7 +88,8 @@ class Pipeline:
         self._queue = queue
         self._overlap = overlap
         links = links or Links({}, (0,))
-        self._p2p = P2P(links, device or torch.device("cpu"), timeout)
+        self._device = device or torch.device("cpu")
+        self._p2p = P2P(links, self._device, timeout)
 
     @cached_property
     def _training(self) -> _Mode:
@@ -106,11 +114,16 @@ class Pipeline:
         if len(micro_batches) != expected:
             raise ValueError(f"{mode.schedule.name} was made for {expected} micro-batches; got {len(micro_batches)}")
         run = _Run(mode, self._stages, micro_batches, self._p2p, self._queue, self._overlap)
+        self.spans = []
         step: Step | None = None
         try:
             with torch.no_grad():  # chunks switch gradients on where they build their graphs
                 for index, step in enumerate(mode.schedule.steps[self._rank]):
-                    run.step(index, step)
+                    run.receive(index)
+                    if self.record:
+                        self._recorded(run, step)
+                    else:
+                        run.compute(step)
             step = None
             self._p2p.finish()
         except Exception as error:
@@ -120,6 +133,18 @@ class Pipeline:
             detail = f": {error}" if isinstance(error, PeerLostError) else ""
             raise PipelineError(f"PP rank {self._rank} failed {where}{detail}") from error
         return run.losses
+
+    def _recorded(self, run: _Run, step: Step) -> None:
+        """Run one step and note when it began and ended; on a GPU this waits for the device."""
+        self._synchronize()
+        start = time.perf_counter()
+        run.compute(step)
+        self._synchronize()
+        self.spans.append(Span(self._rank, COMPUTE, str(step), start, time.perf_counter()))
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
 
 
 class _Run:
@@ -141,14 +166,21 @@ class _Run:
         self._queue = queue
         self._overlap = overlap
         self._chunks: dict[tuple[int, int], Chunk] = {}
-        self._local: dict[Action, Handoff] = {}
+        self._local: dict[Action, Handoff] = {}  # what a stage left for a neighbour on this rank
+        self._arrived: dict[Message, Handoff] = {}
         self.losses: dict[int, Tensor] = {}
 
-    def step(self, index: int, step: Step) -> None:
-        for message in self._mode.plan.posts[index]:
+    def receive(self, index: int) -> None:
+        """Post what will be needed soon, drop what has surely been sent, wait for what step `index` needs now."""
+        plan = self._mode.plan
+        for message in plan.posts[index]:
             self._p2p.post(message, self._spec(message))
-        for message in self._mode.plan.releases[index]:
+        for message in plan.releases[index]:
             self._p2p.release(message)
+        for message in plan.needs[index]:
+            self._arrived[message] = self._p2p.receive(message)
+
+    def compute(self, step: Step) -> None:
         if isinstance(step, Pair):
             self._pair(step)
         elif step.kind is Kind.F:
@@ -195,7 +227,7 @@ class _Run:
     # -- where chunks begin and end ----------------------------------------------------------------------------
 
     def _open(self, action: Action) -> Chunk:
-        """Receive the inputs of a forward and make its chunk."""
+        """Make the chunk of a forward, with its inputs."""
         micro_batch = self._micro_batches[action.micro_batch]
         segments = self._stages[action.stage].segments(micro_batch)
         previous = Action(Kind.F, action.stage - 1, action.micro_batch)
@@ -213,7 +245,7 @@ class _Run:
             self._chunks[chunk.key] = chunk
 
     def _turn(self, action: Action) -> Chunk:
-        """Receive the output gradients of a backward and seed its chunk with them."""
+        """Seed the chunk of a backward with the gradients of its outputs."""
         key = (action.stage, action.micro_batch)
         chunk = self._chunks[key] if action.kind is Kind.I else self._chunks.pop(key)
         if action.stage == self._mode.schedule.num_stages - 1:
@@ -232,7 +264,7 @@ class _Run:
 
     def _take(self, action: Action, producer: Action) -> Handoff:
         message = incoming(self._mode.schedule, action)
-        return self._local.pop(producer) if message is None else self._p2p.receive(message)
+        return self._local.pop(producer) if message is None else self._arrived.pop(message)
 
     def _give(self, action: Action, tensors: Handoff) -> None:
         message = outgoing(self._mode.schedule, action)

@@ -84,11 +84,15 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, gates_R = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
+        dgate_up = torch.empty_like(gate_up)
+        dgate, dup = dgate_up.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        dsilu = dy * up
         dgates = None
         if gates_R is not None:
-            dgates = (dy * silu * up).sum(-1, dtype=gates_R.dtype)
-            dy = dy * gates_R.unsqueeze(-1).to(dy.dtype)
-        dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-        return torch.cat((dgate, dy * silu), dim=-1), dgates
+            dgates = torch.linalg.vecdot(dup, up).to(gates_R.dtype)
+            weights_R1 = gates_R.unsqueeze(-1).to(dy.dtype)
+            dup *= weights_R1
+            dsilu *= weights_R1
+        torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dgate)
+        return dgate_up, dgates
