@@ -19,16 +19,6 @@ find_python() {
   fail "no Python 3.11 or 3.12 among: ${PYTHON:-python3.11 python3.12 python3}; install one, or set PYTHON=/path/to/it"
 }
 
-# PyPI's Linux wheels of torch bring gigabytes of CUDA along. Without a GPU, take PyTorch's own CPU wheels if they
-# can be reached; else whatever the configured index has.
-torch_index() {
-  local url=https://download.pytorch.org/whl/cpu
-  if ! command -v nvidia-smi >/dev/null &&
-    .venv/bin/python -c "import urllib.request as r; r.urlopen('$url/torch/', timeout=5)" 2>/dev/null; then
-    echo "--extra-index-url=$url"
-  fi
-}
-
 # make_environment run|dev: dev adds the tools of the tests, and serves for run as well. A stamp in .venv says for
 # which pyproject.toml it was made, so that the second call takes no time.
 make_environment() {
@@ -45,7 +35,7 @@ make_environment() {
   target=.
   if [ "$wanted" = dev ]; then target='.[dev]'; fi
   echo "Installing what pyproject.toml asks for (once; some minutes) ..." >&2
-  # -qq leaves errors only; without an index the substitution is no argument at all
-  .venv/bin/pip install -qq $(torch_index) --editable "$target" || fail "pip could not install $target; see above"
+  # -qq leaves errors only. For torch's small CPU wheel on a machine without a GPU set PIP_EXTRA_INDEX_URL, see README.
+  .venv/bin/pip install -qq --editable "$target" || fail "pip could not install $target; see above"
   echo "$hash" >".venv/.made-for-$wanted"
 }
