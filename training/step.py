@@ -6,6 +6,7 @@ count targets → pipeline (forward, backward) → sum gradients over copies →
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,8 @@ from parallel.mesh import Mesh
 class StepResult:
     """loss: mean over the targets of the global batch; load_LE: tokens per expert of this rank's MoE layers.
 
-    `skipped` says that the gradient was not finite and the weights were left as they were.
+    `skipped` says that the gradient was not finite and the weights were left as they were. `seconds` is the host's
+    time in each phase (pipeline, reduce, update).
     """
 
     loss: float
@@ -37,6 +39,20 @@ class StepResult:
     num_targets: int
     load_LE: Tensor
     skipped: bool
+    seconds: dict[str, float]
+
+
+class Stopwatch:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
 
 
 def train_step(
@@ -52,9 +68,12 @@ def train_step(
     num_targets = global_targets(micro_batches, mesh)
     for buffer in replica.buffers:
         buffer.flat.zero_()
+    watch = Stopwatch()
     losses = replica.pipeline.step(scaled(micro_batches, num_targets))
+    watch.lap("pipeline")
     reduce_gradients(replica.buffers)
     norm = gradient_norm(replica.buffers, mesh)
+    watch.lap("reduce")
     skipped = not math.isfinite(norm)
     if not skipped:
         clip_gradients(replica.buffers, norm, clip)
@@ -65,7 +84,8 @@ def train_step(
     load_LE = take_expert_loads(replica.stages, mesh)
     if not skipped:
         update_router_biases(replica.stages, load_LE, bias_rate)
-    return StepResult(global_loss(losses, mesh), norm, num_targets, load_LE, skipped)
+    watch.lap("update")
+    return StepResult(global_loss(losses, mesh), norm, num_targets, load_LE, skipped, watch.seconds)
 
 
 def evaluate(replica: Replica, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:

@@ -160,6 +160,8 @@ class Trainer:
             "train/tokens": float(self.step * tokens),
             "train/tokens_per_second": tokens / seconds,
             "train/skipped": float(result.skipped),
+            **{f"seconds/{phase}": value for phase, value in result.seconds.items()},
+            "seconds/other": seconds - sum(result.seconds.values()),
             "balance/max_vio": worst_violation(result.load_LE, self.mesh),
         }
 

@@ -1,0 +1,60 @@
+"""What every benchmark does with its figures: print a table, and write benchmarks/results/NAME.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case: our figure, the peer's or limit's, and ours ÷ theirs."""
+
+    case: str
+    metric: str
+    ours: float
+    peer: str
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+
+def machine() -> dict[str, object]:
+    """Where this was measured."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    return {
+        "cpu": cpu,
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load": round(psutil.getloadavg()[0], 2),
+    }
+
+
+def publish(name: str, rows: list[Row]) -> None:
+    """Print the rows as a table and write them beside the machine's description."""
+    cells = [("case", "metric", "ours", "peer", "theirs", "ratio")]
+    cells += [(r.case, r.metric, f"{r.ours:.4g}", r.peer, f"{r.theirs:.4g}", f"{r.ratio:.3f}") for r in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(6)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    RESULTS.mkdir(exist_ok=True)
+    data = {"rows": [{**asdict(r), "ratio": r.ratio} for r in rows], "machine": machine()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
