@@ -19,6 +19,8 @@ from parallel.grads import mirrors
 from parallel.mesh import Layout
 from training.config import Config
 
+MAX_MICRO_BATCHES = 16_384  # what the tags of messages can number (dualpipe/p2p.py)
+
 
 def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     """Check the whole configuration for `world` processes; returns the layout and the schedule that it asks for.
@@ -30,8 +32,8 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     _check_numbers(config)
     _check_choices(config)
     make_precision(config.precision.name)
+    layout = Layout(world, config.parallel.pp, config.parallel.ep)  # before the schedule: a huge PP ends here
     schedule = _schedule(config)
-    layout = Layout(world, config.parallel.pp, config.parallel.ep)
     if config.model.num_experts % config.parallel.ep:
         raise ValueError(
             f"model.num_experts={config.model.num_experts} is not divisible by parallel.ep={config.parallel.ep}; "
@@ -66,15 +68,17 @@ def _schedule(config: Config) -> Schedule:
 
 
 def _check_numbers(config: Config) -> None:
-    at_least_one = ("steps", "eval_every", "eval_batches", "save_every", "keep_last", "log_every")
+    at_least_one = ("steps", "eval_every", "save_every", "keep_last", "log_every")
     limits = [(name, getattr(config, name), 1, math.inf) for name in at_least_one] + [
         ("sample_tokens", config.sample_tokens, 0, math.inf),
         ("seed", config.seed, 0, 2**63 - 1),
         ("data.seq_len", config.data.seq_len, 2, math.inf),
-        ("data.micro_batch_size", config.data.micro_batch_size, 1, math.inf),
+        ("data.micro_batch_size", config.data.micro_batch_size, 1, 65_536),
+        ("eval_batches", config.eval_batches, 1, 65_536),
+        ("model.num_layers", config.model.num_layers, 1, 4096),
         ("balance.bias_rate", config.balance.bias_rate, 0, 1),
         ("launch.threads", config.launch.threads, 0, 4096),
-        ("schedule.micro_batches", config.schedule.micro_batches, 1, math.inf),
+        ("schedule.micro_batches", config.schedule.micro_batches, 1, MAX_MICRO_BATCHES),
         ("parallel.pp", config.parallel.pp, 1, math.inf),
         ("parallel.ep", config.parallel.ep, 1, math.inf),
     ]
@@ -82,6 +86,9 @@ def _check_numbers(config: Config) -> None:
         if not low <= value <= high:
             bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{name}={value} must be {bound}")
+    for name in ("rope_base", "route_scale", "norm_eps", "init_std"):
+        if not 0 < getattr(config.model, name) < math.inf:
+            raise ValueError(f"model.{name}={getattr(config.model, name)} must be positive")
     if not 0 < config.data.val_fraction < 1:
         raise ValueError(f"data.val_fraction={config.data.val_fraction} must be between 0 and 1, both excluded")
     if not 1 <= config.launch.timeout_seconds <= 86_400:
