@@ -1,8 +1,7 @@
 """Training under any layout equals the serial oracle: losses, every gradient, the norm, weights, router biases.
 
-The oracle sees the whole global batch in one process. Each case trains a few steps; after the first and the last
-one everything is compared by global name. A rank checks what it holds itself, so mirrors and replicas are all
-checked, not just one copy.
+The oracle sees the whole global batch in one process. Each case trains three steps; after each of them everything is
+compared by global name. A rank checks what it holds itself, so all mirrors and replicas are checked, not one copy.
 """
 
 from __future__ import annotations
@@ -72,38 +71,58 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
-def check_case(rank: int, case: Case, world: int) -> None:
-    """Train one layout beside the oracle in this process, comparing what this rank holds."""
-    layout = Layout(world, case.pp, case.ep)
-    num_micro_batches = GLOBAL_MICRO_BATCHES // layout.dp
-    schedule = make_schedule(case.schedule, case.pp, num_micro_batches)
-    mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60))
-    options = BuildOptions(seed=1, param_dtype=case.dtype, layers_per_stage=case.layers, timeout=timedelta(seconds=60))
-    replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
-    optimizer = make_optimizer(replica.stages, OPTIM)
+@dataclass(frozen=True)
+class OracleStep:
+    """What the oracle had after one step, by global name."""
+
+    loss: float
+    norm: float
+    grads: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    biases: dict[str, torch.Tensor]
+
+
+def train_oracle(case: Case) -> list[OracleStep]:
+    """The trajectory that every layout must follow; it depends on the case's model, dtype and steps alone."""
     oracle = Oracle(case.config, whole_model(case))
-    reference = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in oracle.params.values() if p.dim() > 1], "weight_decay": OPTIM.weight_decay},
             {"params": [p for p in oracle.params.values() if p.dim() == 1], "weight_decay": 0.0},
         ],
         lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps,
     )  # fmt: skip
+    steps = []
     for step in range(case.steps):
-        batch = make_batch(step)
-        mine = batch[mesh.dp :: layout.dp]
-        result = train_step(replica, optimizer, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE)
-        reference.zero_grad()
-        loss = oracle.loss(batch)
+        optimizer.zero_grad()
+        loss = oracle.loss(make_batch(step))
         loss.backward()
         norm = clip_plainly(list(oracle.params.values()), OPTIM.clip)
-        label = f"{case.schedule} pp={case.pp} ep={case.ep} dp={layout.dp} {case.dtype} step {step} rank {rank}"
-        assert abs(result.loss - loss.item()) <= case.tolerance * loss.item(), f"{label}: loss"
-        assert abs(result.grad_norm - norm) <= case.tolerance * norm, f"{label}: {result.grad_norm} != {norm}"
-        compare_grads(replica.stages, oracle, case.tolerance, label)
-        reference.step()
+        grads = {name: p.grad.clone() for name, p in oracle.params.items() if p.grad is not None}
+        optimizer.step()
         oracle.update_biases(BIAS_RATE)
-        compare_weights(replica.stages, oracle, case.tolerance, label)
+        weights = {name: p.detach().clone() for name, p in oracle.params.items()}
+        biases = {name: b.clone() for name, b in oracle.biases.items()}
+        steps.append(OracleStep(loss.item(), norm, grads, weights, biases))
+    return steps
+
+
+def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> None:
+    """Train one layout and compare what this rank holds with the oracle after every step."""
+    layout = Layout(world, case.pp, case.ep)
+    schedule = make_schedule(case.schedule, case.pp, GLOBAL_MICRO_BATCHES // layout.dp)
+    mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60))
+    options = BuildOptions(seed=1, param_dtype=case.dtype, layers_per_stage=case.layers, timeout=timedelta(seconds=60))
+    replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
+    optimizer = make_optimizer(replica.stages, OPTIM)
+    for step, wanted in enumerate(oracle):
+        mine = make_batch(step)[mesh.dp :: layout.dp]
+        result = train_step(replica, optimizer, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE)
+        label = f"{case.schedule} pp={case.pp} ep={case.ep} dp={layout.dp} {case.dtype} step {step} rank {rank}"
+        assert abs(result.loss - wanted.loss) <= case.tolerance * wanted.loss, f"{label}: loss"
+        assert abs(result.grad_norm - wanted.norm) <= case.tolerance * wanted.norm, f"{label}: gradient norm"
+        compare_grads(replica.stages, wanted, case.tolerance, label)
+        compare_weights(replica.stages, wanted, case.tolerance, label)
 
 
 def clip_plainly(parameters: list[torch.Tensor], limit: float) -> float:
@@ -123,32 +142,36 @@ def whole_model(case: Case) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor, _ in named_tensors(replica.stages[0])}
 
 
-def compare_grads(stages: dict[int, Any], oracle: Oracle, tolerance: float, label: str) -> None:
+def compare_grads(stages: dict[int, Any], wanted: OracleStep, tolerance: float, label: str) -> None:
     for stage in stages.values():
         parameters = dict(stage.named_parameters())
         stacked = {local: iter(p.grad) for local, p in parameters.items() if ".experts." in local}
         for name, tensor, local in named_tensors(stage):
             if local in parameters:
                 grad = next(stacked[local]) if local in stacked else parameters[local].grad
-                theirs = oracle.params[name].grad
+                theirs = wanted.grads[name]
                 assert relative(grad, theirs) <= tolerance, f"{label}: gradient of {name}: {relative(grad, theirs)}"
                 assert grad.shape == tensor.shape
 
 
-def compare_weights(stages: dict[int, Any], oracle: Oracle, tolerance: float, label: str) -> None:
+def compare_weights(stages: dict[int, Any], wanted: OracleStep, tolerance: float, label: str) -> None:
     for stage in stages.values():
         for name, tensor, _ in named_tensors(stage):
             if name.endswith("bias_E"):
-                assert torch.equal(tensor, oracle.biases[name]), f"{label}: {name}"
+                assert torch.equal(tensor, wanted.biases[name]), f"{label}: {name}"
             else:
-                theirs = oracle.params[name].detach()
+                theirs = wanted.weights[name]
                 error = relative(tensor.detach(), theirs)
                 assert error <= tolerance, f"{label}: weight {name}: {error}"
 
 
 def check_cases(rank: int, world: int, cases: list[Case]) -> int:
+    trajectories: dict[tuple[str, torch.dtype, int], list[OracleStep]] = {}
     for case in cases:
-        check_case(rank, case, world)
+        key = (repr(case.config), case.dtype, case.steps)
+        if key not in trajectories:
+            trajectories[key] = train_oracle(case)
+        check_case(rank, case, world, trajectories[key])
     return len(cases)
 
 

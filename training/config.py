@@ -80,8 +80,8 @@ class Config:
     runs_dir: str = "runs"
     resume: str = "auto"  # auto = go on from the newest checkpoint of this run, if any | never
     seed: int = 0
-    steps: int = 300
-    eval_every: int = 50
+    steps: int = 200
+    eval_every: int = 25
     eval_batches: int = 2  # global batches of validation text
     save_every: int = 100
     keep_last: int = 2  # checkpoints
