@@ -31,6 +31,8 @@ class ModelConfig:
     num_groups: int = 4  # of experts; a group is a node
     groups_per_token: int = 2
     route_scale: float = 2.5
+    # Multi-token prediction (2.2): so many further tokens are predicted, each by a module with one layer of its own.
+    mtp_depth: int = 0
     # Numerics
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -67,7 +69,7 @@ class ModelConfig:
             )
 
 
-_MAY_BE_ZERO = frozenset({"num_dense_layers", "query_rank", "num_shared_experts"})
+_MAY_BE_ZERO = frozenset({"num_dense_layers", "query_rank", "num_shared_experts", "mtp_depth"})
 
 
 def split_layers(config: ModelConfig, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[range]:

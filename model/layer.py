@@ -66,11 +66,16 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """index: the layer's global number; experts: the range that this rank holds; dense layers ignore it."""
+    """index: the layer's global number; experts: the range that this rank holds; dense layers ignore it.
 
-    def __init__(self, config: ModelConfig, index: int, experts: range, tools: Toolbox) -> None:
+    label   what its segments are called: the index if not given
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, experts: range, tools: Toolbox, label: str | None = None
+    ) -> None:
         super().__init__()
-        self.index = index
+        self.label = str(index) if label is None else label
         self.tools = tools
         self.is_moe = index >= config.num_dense_layers
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
@@ -96,14 +101,14 @@ class Layer(nn.Module):
         return h_BSD + self.attention(self.attention_norm(h_BSD), context)
 
     def _write_dense(self, out: SegmentWriter, residual: Residual, context: AttentionContext) -> Residual:
-        at, done = f"{self.index}.h", f"{self.index}.out"
-        out.compute(f"{self.index}.attention", residual, (at,), lambda *parts: self._attend(parts, context))
-        out.compute(f"{self.index}.mlp", (at,), (done,), lambda h: h + self.mlp(self.mlp_norm(h)))
+        at, done = f"{self.label}.h", f"{self.label}.out"
+        out.compute(f"{self.label}.attention", residual, (at,), lambda *parts: self._attend(parts, context))
+        out.compute(f"{self.label}.mlp", (at,), (done,), lambda h: h + self.mlp(self.mlp_norm(h)))
         return (done,)
 
     def _write_moe(self, out: SegmentWriter, residual: Residual, context: AttentionContext) -> Residual:
         def name(value: str) -> str:
-            return f"{self.index}.{value}"
+            return f"{self.label}.{value}"
 
         def attend_and_route(*parts: Tensor) -> tuple[Tensor, ...]:
             h_BSD = self._attend(parts, context)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from model.attention import AttentionContext
 from model.batch import MicroBatch
 from model.config import ModelConfig
-from model.layer import Layer, SegmentWriter, add
+from model.layer import Layer, Residual, SegmentWriter, add
 from model.layers import Embedding, Linear, RMSNorm, Toolbox
-from model.loss import token_loss
+from model.loss import squared_normaliser, token_loss
+from model.mtp import MTPModule
 from model.rope import rotation
 from model.router import Router
 
@@ -44,16 +46,27 @@ class StageShape:
 
 
 class ModelStage(nn.Module):
-    def __init__(self, config: ModelConfig, shape: StageShape, tools: Toolbox, types: SegmentTypes) -> None:
+    """embedding: the first stage's, for MTP modules of a last stage on the same rank; without it they get a copy."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: StageShape,
+        tools: Toolbox,
+        types: SegmentTypes,
+        embedding: Embedding | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.shape, self.tools = config, shape, tools
         self._types = types
-        if shape.is_first:
-            self.embedding = Embedding(config.vocab_size, config.hidden_size, tools)
+        if shape.is_first or (shape.is_last and config.mtp_depth):
+            self.embedding = embedding or Embedding(config.vocab_size, config.hidden_size, tools)
         self.layers = nn.ModuleDict({str(i): Layer(config, i, shape.experts, tools) for i in shape.layers})
         if shape.is_last:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
             self.head = Linear(config.hidden_size, config.vocab_size, tools)
+            depths = range(1, config.mtp_depth + 1)
+            self.mtp = nn.ModuleDict({str(k): MTPModule(config, k, shape.experts, tools) for k in depths})
 
     # -- the stage contract ------------------------------------------------------------------------------------
 
@@ -64,8 +77,17 @@ class ModelStage(nn.Module):
         return () if self.shape.is_last else self._hidden_spec(micro_batch)
 
     def segments(self, micro_batch: MicroBatch) -> Sequence[Any]:
-        """Segments of one micro-batch; the last stage's `out0` is the scaled sum of the token losses."""
-        out = self._body(micro_batch, self._finish_with_loss if self.shape.is_last else None)
+        """Segments of one micro-batch.
+
+        The last stage's `out0` holds the terms of the loss, scaled: the main one, one for each scale in
+        `mtp_scales`, and the z-loss if there is a `z_scale`. Their sum is what is minimised.
+        """
+        out, context = SegmentWriter(), self._attention_context(micro_batch)
+        residual = self._write_layers(out, micro_batch, context)
+        if self.shape.is_last:
+            self._write_losses(out, residual, micro_batch, context)
+        else:
+            out.compute("output", residual, ("out0",), add)
         make = (self._types.compute, self._types.communicate)
         return [make[comm](name, reads, writes, work) for name, comm, reads, writes, work in out.items]
 
@@ -74,7 +96,9 @@ class ModelStage(nn.Module):
     @torch.no_grad()
     def logits(self, micro_batch: MicroBatch) -> Tensor:
         """Logits [B, S, V] of a whole model, without gradients; for generation and checks."""
-        out = self._body(micro_batch, lambda h, _: self.head(self.norm(h)))
+        out = SegmentWriter()
+        residual = self._write_layers(out, micro_batch, self._attention_context(micro_batch))
+        out.compute("head", residual, ("out0",), lambda *parts: self.head(self.norm(add(*parts))))
         values: dict[str, Any] = {}
         for _, is_comm, reads, writes, work in out.items:
             arguments = [values[name] for name in reads]
@@ -84,10 +108,10 @@ class ModelStage(nn.Module):
         return values["out0"]
 
     def routers(self) -> Iterator[Router]:
-        """The routers of this stage, in the order of the layers."""
-        for layer in self.layers.values():
-            if isinstance(layer, Layer) and layer.is_moe:
-                yield layer.router
+        """The routers of this stage, in the order of the layers; those of the MTP modules come last."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                yield module
 
     # -- how it is put together --------------------------------------------------------------------------------
 
@@ -95,27 +119,58 @@ class ModelStage(nn.Module):
         shape = (*micro_batch.tokens_BS.shape, self.config.hidden_size)
         return (self._types.TensorSpec(shape, self.tools.precision.dtype),)
 
-    def _body(self, micro_batch: MicroBatch, finish: Any) -> SegmentWriter:
-        context = self._attention_context(micro_batch)
-        out = SegmentWriter()
-        residual: tuple[str, ...] = ("in0",)
+    def _write_layers(self, out: SegmentWriter, micro_batch: MicroBatch, context: AttentionContext) -> Residual:
+        """Append the embedding, if it is here, and the layers; returns the names whose sum is their output."""
+        residual: Residual = ("in0",)
         if self.shape.is_first:
             out.compute("embedding", (), ("embedded",), lambda: self.embedding(micro_batch.tokens_BS))
             residual = ("embedded",)
         for layer in self.layers.values():
             assert isinstance(layer, Layer)
             residual = layer.write(out, residual, context)
-        if finish is None:
-            out.compute("output", residual, ("out0",), add)
-        else:
-            out.compute("head", residual, ("out0",), lambda *parts: finish(add(*parts), micro_batch))
-        return out
+        return residual
+
+    def _write_losses(
+        self, out: SegmentWriter, residual: Residual, micro_batch: MicroBatch, context: AttentionContext
+    ) -> None:
+        """Append the head, and the MTP modules if the micro-batch has scales for them."""
+        depth = len(micro_batch.mtp_scales)
+        if depth not in (0, self.config.mtp_depth):
+            raise ValueError(f"the micro-batch has {depth} mtp_scales, the model {self.config.mtp_depth} MTP modules")
+        z_name = ("z_loss",) if micro_batch.z_scale else ()
+
+        def head(norm: RMSNorm, k: int, *parts: Tensor) -> tuple[Tensor, ...]:
+            hidden_BSD = norm(add(*parts))
+            results = self._losses(hidden_BSD, micro_batch, k)
+            return (*results, hidden_BSD) if k < depth else results
+
+        def writes(k: int) -> tuple[str, ...]:
+            terms = (f"loss{k}",) if k else ("loss0", *z_name)
+            return (*terms, f"hidden{k}") if k < depth else terms
+
+        out.compute("head", residual, writes(0), partial(head, self.norm, 0))
+        for k in range(1, depth + 1):
+            module = self.mtp[str(k)]
+            assert isinstance(module, MTPModule)
+            tokens_BS, _ = micro_batch.ahead(k)
+            residual = module.write(out, f"hidden{k - 1}", tokens_BS, self.embedding, context)
+            out.compute(f"{module.label}.head", residual, writes(k), partial(head, module.norm, k))
+        names = (*(f"loss{k}" for k in range(depth + 1)), *z_name)
+        out.compute("loss", names, ("out0",), lambda *terms: torch.stack(terms))
 
     def _attention_context(self, micro_batch: MicroBatch) -> AttentionContext:
         c = self.config
         cos, sin = rotation(micro_batch.positions_BS, c.rope_dim, c.rope_base, self.tools.precision.dtype)
         return AttentionContext(micro_batch.documents_BS, cos, sin)
 
-    def _finish_with_loss(self, h_BSD: Tensor, micro_batch: MicroBatch) -> Tensor:
-        logits = self.head(self.norm(h_BSD))
-        return token_loss(logits.flatten(0, 1), micro_batch.targets_BS.flatten(), micro_batch.loss_scale)
+    def _losses(self, hidden_BSD: Tensor, micro_batch: MicroBatch, depth: int) -> tuple[Tensor, ...]:
+        """The scaled loss of the main model (depth 0) with its z-loss, if that is wanted, or of an MTP module."""
+        logits_TV = self.head(hidden_BSD).flatten(0, 1)
+        if depth:
+            targets_T = micro_batch.ahead(depth)[1].flatten()
+            return (token_loss(logits_TV, targets_T, micro_batch.mtp_scales[depth - 1]),)
+        targets_T = micro_batch.targets_BS.flatten()
+        loss = token_loss(logits_TV, targets_T, micro_batch.loss_scale)
+        if not micro_batch.z_scale:
+            return (loss,)
+        return loss, squared_normaliser(logits_TV, targets_T, micro_batch.z_scale)

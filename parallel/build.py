@@ -31,6 +31,7 @@ class Replica:
     precision: Precision
     mesh: Mesh
     schedule: Schedule
+    config: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def build_replica(
         device=torch.device(options.device),
         timeout=options.timeout,
     )
-    return Replica(stages, pipeline, make_buffers(stages, schedule, mesh), precision, mesh, schedule)
+    return Replica(stages, pipeline, make_buffers(stages, schedule, mesh), precision, mesh, schedule, config)
 
 
 def build_stages(
@@ -83,9 +84,10 @@ def build_stages(
     tools = Toolbox(precision, queue, dispatcher, options.param_dtype, options.device)
     layers = split_layers(config, schedule.num_stages, options.layers_per_stage)
     last = schedule.num_stages - 1
-    stages = {}
+    stages: dict[int, ModelStage] = {}
     for number in schedule.stages_of(mesh.pp):
         shape = StageShape(layers[number], experts, number == 0, number == last)
-        stages[number] = ModelStage(config, shape, tools, stage_types)
+        embedding = stages[0].embedding if 0 in stages else None
+        stages[number] = ModelStage(config, shape, tools, stage_types, embedding)
         initialise(stages[number], options.seed, config.init_std)
     return stages

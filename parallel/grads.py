@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualpipe.schedule import Schedule
+from model.config import ModelConfig
 from model.names import expert_parameters
 from model.router import update_bias
 from model.stage import ModelStage
@@ -43,12 +44,29 @@ def mirrors(schedule: Schedule) -> list[list[int]]:
     return [list(g) for g in sorted(groups)]
 
 
+def embedding_holders(schedule: Schedule, config: ModelConfig) -> list[int]:
+    """The PP ranks with a copy of the embedding: those of the first stage and, for MTP, of the last."""
+    stages = (0, schedule.num_stages - 1) if config.mtp_depth else (0,)
+    return sorted({row[stage] for row in schedule.placement for stage in stages})
+
+
 def make_buffers(stages: Mapping[int, ModelStage], schedule: Schedule, mesh: Mesh) -> list[GradBuffer]:
-    """Two buffers per stage, dense and experts, in the same order on all copies. Replaces all `.grad`."""
+    """Two buffers per stage, dense and experts, in the same order on all copies. Replaces all `.grad`.
+
+    A parameter that two stages of this rank share is in the first one's buffer. An embedding that is also kept on
+    another rank than its stage (MTP, see `embedding_holders`) has a buffer of its own, the first.
+    """
     buffers = []
+    seen: set[nn.Parameter] = set()
+    if mesh.tied is not None:
+        embedding = next((s.embedding.weight for s in stages.values() if hasattr(s, "embedding")), None)
+        if embedding is not None:
+            buffers.append(_buffer([embedding], mesh.tied, schedule.placement[0][0] == mesh.pp and mesh.dp == 0))
+            seen.add(embedding)
     for number in sorted(stages):
         experts = expert_parameters(stages[number])
-        named = dict(stages[number].named_parameters())
+        named = {name: p for name, p in stages[number].named_parameters() if p not in seen}
+        seen.update(named.values())
         first_copy = schedule.placement[0][number] == mesh.pp
         dense = [p for name, p in named.items() if name not in experts]
         buffers.append(_buffer(dense, mesh.dense, first_copy and mesh.dp == 0))

@@ -86,6 +86,7 @@ class Mesh:
     experts   copies of this rank's routed experts; None if there is only one
     links     the pipeline; None for PP 1
     control   gloo group of the whole world for small host-side values; None for one process
+    tied      copies of the embedding, where it is also kept on another rank than its stage; else None
     """
 
     layout: Layout
@@ -95,6 +96,7 @@ class Mesh:
     experts: dist.ProcessGroup | None
     links: Links | None
     control: dist.ProcessGroup | None
+    tied: dist.ProcessGroup | None = None
 
     @property
     def pp(self) -> int:
@@ -109,16 +111,20 @@ class Mesh:
         return self.layout.ep_of(self.rank)
 
     @staticmethod
-    def create(layout: Layout, mirrors: Sequence[Sequence[int]], timeout: timedelta) -> Mesh:
+    def create(
+        layout: Layout, mirrors: Sequence[Sequence[int]], timeout: timedelta, embedding: Sequence[int] = ()
+    ) -> Mesh:
         """Make all groups. Collective: every process calls it with the same arguments.
 
-        mirrors   the PP ranks that hold the same stages, e.g. [[0, 3], [1, 2]] for DualPipe on 4
+        mirrors     the PP ranks that hold the same stages, e.g. [[0, 3], [1, 2]] for DualPipe on 4
+        embedding   the PP ranks that hold the embedding, e.g. [0, 3] for 1F1B on 4 with MTP; () is the first stage's
         """
         if layout.world == 1:
             return Mesh(layout, 0, None, None, None, None, None)
         rank = dist.get_rank()
         dense_groups = [layout.replicas(pps) for pps in mirrors]
         expert_copies = [layout.replicas(pps, ep) for pps in mirrors for ep in range(layout.ep)]
+        is_tied = bool(embedding) and sorted(embedding) not in [sorted(pps) for pps in mirrors]
         return Mesh(
             layout=layout,
             rank=rank,
@@ -127,6 +133,7 @@ class Mesh:
             experts=_my_group(expert_copies, rank, timeout),
             links=Links.create(layout.pipelines(), timeout) if layout.pp > 1 else None,
             control=dist.new_group(backend="gloo", timeout=timeout),
+            tied=_my_group([layout.replicas(embedding)] if is_tied else [], rank, timeout),
         )
 
 

@@ -21,6 +21,7 @@ class Oracle:
         self.c = config
         self.params = {n: p.clone().requires_grad_() for n, p in params.items() if not n.endswith("bias_E")}
         self.biases = {n: p.clone() for n, p in params.items() if n.endswith("bias_E")}
+        self.mtp_weight, self.z_weight = 0.3, 0.0
         self.loads = {n: torch.zeros(config.num_experts, dtype=torch.int64) for n in self.biases}
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -77,27 +78,62 @@ class Oracle:
         y = (gates.unsqueeze(-1) * y).sum(1)
         return y + self.mlp(name + ".shared", x) if c.num_shared_experts else y
 
-    def sequence(self, tokens: Tensor, targets: Tensor, documents: Tensor, positions: Tensor) -> Tensor:
-        """The sum of the token losses of one sequence."""
+    def layer(self, name: str, h: Tensor, documents: Tensor, positions: Tensor, dense: bool) -> Tensor:
+        h = h + self.attention(f"{name}.attention", self.norm(f"{name}.attention_norm", h), documents, positions)
+        x = self.norm(f"{name}.mlp_norm", h)
+        return h + (self.mlp(f"{name}.mlp", x) if dense else self.moe(name, x))
+
+    def sequence(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor, positions: Tensor
+    ) -> list[tuple[Tensor, int]]:
+        """For each term of the loss, its sum over one sequence and the number of its targets: main, MTP …, z."""
         h = self.params["embedding.weight"][tokens]
         for layer in range(self.c.num_layers):
-            name = f"layers.{layer}"
-            h = h + self.attention(f"{name}.attention", self.norm(f"{name}.attention_norm", h), documents, positions)
-            x = self.norm(f"{name}.mlp_norm", h)
-            h = h + (self.mlp(f"{name}.mlp", x) if layer < self.c.num_dense_layers else self.moe(name, x))
-        logits = self.linear("head", self.norm("norm", h))
+            h = self.layer(f"layers.{layer}", h, documents, positions, layer < self.c.num_dense_layers)
+        h = self.norm("norm", h)
+        logits = self.linear("head", h)
+        terms = [self.token_losses(logits, targets)]
+        z = logits[targets >= 0].exp().sum(-1).log()
+        for k in range(1, self.c.mtp_depth + 1):
+            h, loss = self.mtp(k, h, tokens, targets, documents, positions)
+            terms.append(loss)
+        return [*terms, (z.square().sum(), len(z))]
+
+    def mtp(
+        self, k: int, h: Tensor, tokens: Tensor, targets: Tensor, documents: Tensor, positions: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, int]]:
+        """Module k, token by token: position i sees token i+k and predicts the one after it, inside its document."""
+        S = len(tokens)
+        ahead = [tokens[(i + k) % S] for i in range(S)]
+        wanted = [
+            int(targets[i + k]) if i + k < S and documents[i + k] == documents[i] else -1 for i in range(S)
+        ]  # fmt: skip
+        e = self.norm(f"mtp.{k}.embedding_norm", self.params["embedding.weight"][torch.stack(ahead)])
+        merged = self.linear(f"mtp.{k}.projection", torch.cat((e, self.norm(f"mtp.{k}.hidden_norm", h)), -1))
+        h = self.norm(f"mtp.{k}.norm", self.layer(f"mtp.{k}.layer", merged, documents, positions, dense=False))
+        return h, self.token_losses(self.linear("head", h), torch.tensor(wanted))
+
+    def token_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         log_p = logits.log_softmax(-1)
         known = targets >= 0
-        return -log_p[known].gather(1, targets[known, None]).sum()
+        return -log_p[known].gather(1, targets[known, None]).sum(), int(known.sum())
+
+    def terms(self, micro_batches: Sequence[Any]) -> list[Tensor]:
+        """The terms of the loss of a global batch, each a mean over its own targets: main, MTP 1 …, z."""
+        rows = [
+            self.sequence(*row)
+            for mb in micro_batches
+            for row in zip(mb.tokens_BS, mb.targets_BS, mb.documents_BS, mb.positions_BS, strict=True)
+        ]
+        return [torch.stack([s for s, _ in term]).sum() / sum(n for _, n in term) for term in zip(*rows, strict=True)]
 
     def loss(self, micro_batches: Sequence[Any]) -> Tensor:
-        """The mean token loss of a global batch."""
-        count = sum(int((mb.targets_BS >= 0).sum()) for mb in micro_batches)
-        total = torch.zeros(())
-        for mb in micro_batches:
-            for row in zip(mb.tokens_BS, mb.targets_BS, mb.documents_BS, mb.positions_BS, strict=True):
-                total = total + self.sequence(*row)
-        return total / count
+        """What is minimised: the mean token loss, plus the weighted terms."""
+        return self.weighted(self.terms(micro_batches))
+
+    def weighted(self, terms: list[Tensor]) -> Tensor:
+        main, *mtp, z = terms
+        return main + self.mtp_weight * sum(mtp) / max(1, len(mtp)) + self.z_weight * z
 
     def update_biases(self, rate: float) -> None:
         for name, load in self.loads.items():

@@ -16,10 +16,11 @@ import torch
 from dualpipe.schedules import make_schedule
 from model.batch import IGNORE, MicroBatch
 from model.config import ModelConfig
+from model.loss import LossConfig
 from model.names import named_tensors
 from model.precision import CastPrecision
 from parallel.build import BuildOptions, build_replica
-from parallel.grads import mirrors
+from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
 from tests.oracle import Oracle
 from tests.spawn import run_ranks
@@ -45,6 +46,7 @@ class Case:
     steps: int = 3
     layers: tuple[int, ...] | None = None
     config: ModelConfig = field(default_factory=lambda: CONFIG)
+    loss: LossConfig = field(default_factory=LossConfig)
 
     @property
     def tolerance(self) -> float:
@@ -76,6 +78,8 @@ class OracleStep:
     """What the oracle had after one step, by global name."""
 
     loss: float
+    mtp_losses: list[float]
+    z_loss: float
     norm: float
     grads: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
@@ -85,6 +89,7 @@ class OracleStep:
 def train_oracle(case: Case) -> list[OracleStep]:
     """The trajectory that every layout must follow; it depends on the case's model, dtype and steps alone."""
     oracle = Oracle(case.config, whole_model(case))
+    oracle.mtp_weight, oracle.z_weight = case.loss.mtp_weight, case.loss.z_weight
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in oracle.params.values() if p.dim() > 1], "weight_decay": OPTIM.weight_decay},
@@ -95,15 +100,16 @@ def train_oracle(case: Case) -> list[OracleStep]:
     steps = []
     for step in range(case.steps):
         optimizer.zero_grad()
-        loss = oracle.loss(make_batch(step))
-        loss.backward()
+        terms = oracle.terms(make_batch(step))
+        oracle.weighted(terms).backward()
+        main, *mtp, z = (term.item() for term in terms)
         norm = clip_plainly(list(oracle.params.values()), OPTIM.clip)
         grads = {name: p.grad.clone() for name, p in oracle.params.items() if p.grad is not None}
         optimizer.step()
         oracle.update_biases(BIAS_RATE)
         weights = {name: p.detach().clone() for name, p in oracle.params.items()}
         biases = {name: b.clone() for name, b in oracle.biases.items()}
-        steps.append(OracleStep(loss.item(), norm, grads, weights, biases))
+        steps.append(OracleStep(main, mtp, z, norm, grads, weights, biases))
     return steps
 
 
@@ -111,15 +117,22 @@ def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> N
     """Train one layout and compare what this rank holds with the oracle after every step."""
     layout = Layout(world, case.pp, case.ep)
     schedule = make_schedule(case.schedule, case.pp, GLOBAL_MICRO_BATCHES // layout.dp)
-    mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60))
+    holders = embedding_holders(schedule, case.config)
+    mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60), holders)
     options = BuildOptions(seed=1, param_dtype=case.dtype, layers_per_stage=case.layers, timeout=timedelta(seconds=60))
     replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
     optimizer = make_optimizer(replica.stages, OPTIM)
     for step, wanted in enumerate(oracle):
         mine = make_batch(step)[mesh.dp :: layout.dp]
-        result = train_step(replica, optimizer, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE)
+        result = train_step(replica, optimizer, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE, case.loss)
         label = f"{case.schedule} pp={case.pp} ep={case.ep} dp={layout.dp} {case.dtype} step {step} rank {rank}"
-        assert abs(result.loss - wanted.loss) <= case.tolerance * wanted.loss, f"{label}: loss"
+        terms = {"loss": (result.loss, wanted.loss)}
+        if case.loss.z_weight:
+            terms["z-loss"] = (result.z_loss or 0.0, wanted.z_loss)
+        pairs = zip(result.mtp_losses, wanted.mtp_losses, strict=True)
+        terms |= {f"MTP loss {k}": pair for k, pair in enumerate(pairs, 1)}
+        for name, (ours, theirs) in terms.items():
+            assert abs(ours - theirs) <= case.tolerance * theirs, f"{label}: {name}: {ours} and {theirs}"
         assert abs(result.grad_norm - wanted.norm) <= case.tolerance * wanted.norm, f"{label}: gradient norm"
         compare_grads(replica.stages, wanted, case.tolerance, label)
         compare_weights(replica.stages, wanted, case.tolerance, label)
@@ -168,7 +181,7 @@ def compare_weights(stages: dict[int, Any], wanted: OracleStep, tolerance: float
 def check_cases(rank: int, world: int, cases: list[Case]) -> int:
     trajectories: dict[tuple[str, torch.dtype, int], list[OracleStep]] = {}
     for case in cases:
-        key = (repr(case.config), case.dtype, case.steps)
+        key = (repr((case.config, case.loss)), case.dtype, case.steps)
         if key not in trajectories:
             trajectories[key] = train_oracle(case)
         check_case(rank, case, world, trajectories[key])

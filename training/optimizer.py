@@ -56,7 +56,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 def make_optimizer(stages: Mapping[int, nn.Module], config: OptimConfig) -> torch.optim.AdamW:
     """One AdamW over all stages of this rank. Gradients are set beforehand (parallel/grads.py) and kept."""
-    parameters = [p for number in sorted(stages) for p in stages[number].parameters()]
+    each_once = dict.fromkeys(p for number in sorted(stages) for p in stages[number].parameters())
+    parameters = list(each_once)
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},

@@ -9,12 +9,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model.batch import MicroBatch
+from model.loss import LossConfig
 from parallel.build import Replica
 from parallel.grads import (
     clip_gradients,
@@ -29,6 +31,7 @@ from parallel.mesh import Mesh
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean over the targets of the global batch; load_LE: tokens per expert of this rank's MoE layers.
+    mtp_losses: the same mean for each depth of multi-token prediction; z_loss: mean squared log-normaliser.
 
     `skipped` says that the gradient was not finite and the weights were left as they were. `seconds` is the host's
     time in each phase (pipeline, reduce, update).
@@ -40,6 +43,8 @@ class StepResult:
     load_LE: Tensor
     skipped: bool
     seconds: dict[str, float]
+    mtp_losses: tuple[float, ...] = ()
+    z_loss: float | None = None
 
 
 class Stopwatch:
@@ -62,14 +67,15 @@ def train_step(
     lr: float,
     clip: float,
     bias_rate: float,
+    loss_config: LossConfig | None = None,
 ) -> StepResult:
     """Train on this rank's micro-batches: all those of its pipeline."""
     mesh = replica.mesh
-    num_targets = global_targets(micro_batches, mesh)
+    scales = loss_scales(micro_batches, replica.config.mtp_depth, loss_config or LossConfig(), mesh)
     for buffer in replica.buffers:
         buffer.flat.zero_()
     watch = Stopwatch()
-    losses = replica.pipeline.step(scaled(micro_batches, num_targets))
+    losses = replica.pipeline.step([replace(mb, **scales.fields) for mb in micro_batches])
     watch.lap("pipeline")
     reduce_gradients(replica.buffers)
     norm = gradient_norm(replica.buffers, mesh)
@@ -85,32 +91,61 @@ def train_step(
     if not skipped:
         update_router_biases(replica.stages, load_LE, bias_rate)
     watch.lap("update")
-    return StepResult(global_loss(losses, mesh), norm, num_targets, load_LE, skipped, watch.seconds)
+    loss, *others = global_terms(losses, scales, mesh)
+    mtp_losses, z_loss = tuple(others[: len(scales.mtp)]), others[-1] if scales.z else None
+    return StepResult(loss, norm, scales.num_targets, load_LE, skipped, watch.seconds, mtp_losses, z_loss)
 
 
 def evaluate(replica: Replica, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-    """Mean loss over the targets of these micro-batches of all data-parallel ranks, and how many targets those are."""
-    num_targets = global_targets(micro_batches, replica.mesh)
-    losses = replica.pipeline.evaluate(scaled(micro_batches, num_targets))
+    """Mean loss over the targets of these micro-batches of all data-parallel ranks, and how many targets those are.
+
+    Of the main model alone: multi-token prediction is left out.
+    """
+    scales = loss_scales(micro_batches, 0, LossConfig(), replica.mesh)
+    losses = replica.pipeline.evaluate([replace(mb, **scales.fields) for mb in micro_batches])
     take_expert_loads(replica.stages, replica.mesh)
-    return global_loss(losses, replica.mesh), num_targets
+    return global_terms(losses, scales, replica.mesh)[0], scales.num_targets
 
 
-def scaled(micro_batches: Sequence[MicroBatch], num_targets: int) -> list[MicroBatch]:
-    return [replace(mb, loss_scale=1 / max(1, num_targets)) for mb in micro_batches]
+@dataclass(frozen=True)
+class LossScales:
+    """What one target counts in the loss, by term; `unscaled` has each term's factor on top of the mean."""
+
+    num_targets: int
+    main: float
+    mtp: tuple[float, ...]
+    z: float
+    unscaled: tuple[float, ...]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of `MicroBatch` that say so."""
+        return {"loss_scale": self.main, "mtp_scales": self.mtp, "z_scale": self.z}
 
 
-def global_targets(micro_batches: Sequence[MicroBatch], mesh: Mesh) -> int:
-    """Targets in the global batch: every pipeline counts its own, on each of its PP ranks alike."""
-    count = torch.tensor(sum(mb.num_targets for mb in micro_batches))
+def loss_scales(micro_batches: Sequence[MicroBatch], depth: int, config: LossConfig, mesh: Mesh) -> LossScales:
+    """One over the targets of the global batch, for each depth its own; times the weight of the term (report 2.2)."""
+    depth = depth if config.mtp_weight else 0
+    counts = global_targets(micro_batches, depth, mesh)
+    mean, *mtp_means = (1 / max(1, count) for count in counts)
+    weight = config.mtp_weight / max(1, depth)
+    unscaled = (1.0, *[weight] * depth, *[config.z_weight] * bool(config.z_weight))
+    return LossScales(counts[0], mean, tuple(weight * m for m in mtp_means), config.z_weight * mean, unscaled)
+
+
+def global_targets(micro_batches: Sequence[MicroBatch], depth: int, mesh: Mesh) -> list[int]:
+    """Targets in the global batch, by depth: every pipeline counts its own, on each of its PP ranks alike."""
+    counts = torch.tensor([mb.target_counts(depth) for mb in micro_batches]).sum(0)
     if mesh.control is not None:
-        dist.all_reduce(count, group=mesh.control)
-    return int(count) // mesh.layout.pp
+        dist.all_reduce(counts, group=mesh.control)
+    return (counts // mesh.layout.pp).tolist()
 
 
-def global_loss(losses: dict[int, Tensor], mesh: Mesh) -> float:
-    """Each micro-batch's loss arises on one rank, already divided by the global number of targets."""
-    total = torch.tensor(sum((float(losses[m]) for m in sorted(losses)), 0.0), dtype=torch.float64)
+def global_terms(losses: dict[int, Tensor], scales: LossScales, mesh: Mesh) -> list[float]:
+    """The terms of the loss as means (see `ModelStage.segments`). Each micro-batch's arise on one rank, scaled."""
+    total = torch.zeros(len(scales.unscaled), dtype=torch.float64)
+    for number in sorted(losses):
+        total += losses[number].double().cpu()
     if mesh.control is not None:
         dist.all_reduce(total, group=mesh.control)
-    return float(total)
+    return (total / torch.tensor(scales.unscaled, dtype=torch.float64)).tolist()

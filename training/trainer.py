@@ -24,7 +24,7 @@ from model.batch import MicroBatch
 from model.precision import make_precision
 from model.router import max_violation
 from parallel.build import BuildOptions, build_replica
-from parallel.grads import mirrors
+from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
 from training import checkpoint
 from training.checkpoint import RunState
@@ -106,7 +106,8 @@ def join_process_group(job: Job) -> Mesh:
         if job.device.type == "cuda":
             torch.cuda.set_device(job.device)
         dist.init_process_group("nccl" if job.device.type == "cuda" else "gloo", timeout=timeout)
-    return Mesh.create(job.layout, mirrors(job.schedule), timeout)
+    holders = embedding_holders(job.schedule, job.config.model)
+    return Mesh.create(job.layout, mirrors(job.schedule), timeout, holders)
 
 
 class Trainer:
@@ -147,7 +148,9 @@ class Trainer:
         started = time.perf_counter()
         batch = self._on_device(self.job.batch_plan.step_batch(self.train_data, self.step, self.mesh.dp))
         lr = learning_rate(config.optim, self.step, config.steps)
-        result = train_step(self.replica, self.optimizer, batch, lr, config.optim.clip, config.balance.bias_rate)
+        result = train_step(
+            self.replica, self.optimizer, batch, lr, config.optim.clip, config.balance.bias_rate, config.loss
+        )
         self.step += 1
         self.logger.log(self.step, self._metrics(result, lr, time.perf_counter() - started))
 
@@ -163,6 +166,8 @@ class Trainer:
             **{f"seconds/{phase}": value for phase, value in result.seconds.items()},
             "seconds/other": seconds - sum(result.seconds.values()),
             "balance/max_vio": worst_violation(result.load_LE, self.mesh),
+            **{f"train/mtp_loss_{k}": value for k, value in enumerate(result.mtp_losses, 1)},
+            **({} if result.z_loss is None else {"train/z_loss": result.z_loss}),
         }
 
     def _validate(self) -> float:

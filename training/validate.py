@@ -29,6 +29,7 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     """
     config.model.check()
     config.optim.check()
+    config.loss.check()
     _check_numbers(config)
     _check_choices(config)
     make_precision(config.precision.name)
