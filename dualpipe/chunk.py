@@ -10,13 +10,14 @@ Memory: a value is dropped after its last reader has run; what a backward needs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dualpipe.lanes import HostLanes, Lanes
 from dualpipe.stage import Lane, Pending, Segment, inputs_of, outputs_of
 from dualpipe.wgrad import WeightGradQueue
 
@@ -30,7 +31,10 @@ class _Graph:
 
 
 class Chunk:
-    """State of one (stage, micro-batch). `key` names it in the weight-gradient queue and in messages."""
+    """State of one (stage, micro-batch). `key` names it in the weight-gradient queue and in messages.
+
+    `lanes` say how communication runs beside compute (`lanes.py`).
+    """
 
     def __init__(
         self,
@@ -39,11 +43,13 @@ class Chunk:
         inputs: Sequence[Tensor],
         queue: WeightGradQueue,
         training: bool = True,
+        lanes: Lanes | None = None,
     ) -> None:
         self.key = key
         self.segments = tuple(segments)
         self._queue = queue
         self._training = training
+        self._lanes = lanes or HostLanes()
         self._values: dict[str, Any] = dict(zip(inputs_of(len(inputs)), inputs, strict=True))
         self._grads: dict[str, Tensor] = {}
         self._graphs: dict[int, _Graph] = {}
@@ -58,8 +64,7 @@ class Chunk:
         segment = self.segments[index]
         values = {name: self._read(name) for name in segment.reads}
         if segment.lane is Lane.COMM:
-            with torch.no_grad():
-                pending = segment.work.start(*values.values())  # type: ignore[union-attr]
+            pending = self._start(segment.name, segment.work.start, values.values())  # type: ignore[union-attr]
             self._pending.update(dict.fromkeys(segment.writes, (index, pending)))
         else:
             self._compute(index, segment, values)
@@ -83,6 +88,15 @@ class Chunk:
             self._values[name] = value
         if self._training:
             self._graphs[index] = graph
+
+    def _start(self, name: str, begin: Callable[..., Pending], arguments: Iterable[Any]) -> Pending:
+        arguments = tuple(arguments)
+
+        def run() -> Pending:
+            with torch.no_grad():
+                return begin(*arguments)
+
+        return self._lanes.start(f"{name} {self.key}", run)
 
     def _read(self, name: str) -> Any:
         if name in self._pending:
@@ -114,7 +128,8 @@ class Chunk:
         self._settle(index)
         if segment.lane is Lane.COMM:
             grads = [self._grads.pop(name, None) for name in segment.writes]
-            self._pending_grads[index] = segment.work.start_backward(*grads)  # type: ignore[union-attr]
+            begin: Any = segment.work.start_backward  # type: ignore[union-attr]
+            self._pending_grads[index] = self._start(segment.name, begin, grads)
             return
         graph = self._graphs.pop(index)
         named = [(out, self._grads.pop(name)) for name, out in graph.outputs.items() if name in self._grads]

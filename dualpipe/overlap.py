@@ -1,30 +1,35 @@
 """In which order do the pieces of a chunk, or of two chunks at once, run?
 
-A piece is one part of one segment: F (forward), I (backward for inputs) or W (weight gradients). A communication
-piece only starts here and is waited for where its result is read (see `chunk.py`), so everything between start and
-use hides it. For two MoE layers the order below is the report's Fig. 4, ▲ backward and △ forward:
+A piece is one part of one segment: F (forward), I (backward for inputs) or W (weight gradients); or the chunk's own
+point-to-point message, which hands its result to the neighbour stage. A communication piece only starts here and is
+waited for where its result is read (`chunk.py`), so everything between start and use hides it. For MoE layers the
+order below is the report's Fig. 4, ▲ backward and △ forward:
 
     compute  MLP(B)▲  MLP(W)▲  MLP(F)△   ATTN(B)▲  ATTN(W)▲  ATTN(F)△
     comm     DISPATCH(F)△  DISPATCH(B)▲  COMBINE(F)△  P2P  COMBINE(B)▲
 
-The rule behind it: cut both chunks into beats, each a run of compute pieces and the communication that they make
-possible, and alternate the beats. While one chunk's communication is under way, the other one computes. The rule
-does not ask for equal layers: a dense layer is a beat without communication, and the longer chunk's tail runs on
-alone.
+Two rules make it. Inside a chunk, communication starts as soon as it can, and what does not need its result stands
+under it: the weight gradients that are at hand, then segments that do not read it. Between chunks, both orders are
+cut into beats, a run of compute pieces and the communication that they make possible, and the beats alternate, the
+backward's first: while one chunk communicates, the other one computes. Nothing asks for equal layers: a dense layer
+is a beat without communication, and the longer chunk's tail runs on alone.
 
-The order depends on the segments only, so it is data: printable, comparable, the same with overlap on and off as
-far as each single chunk is concerned. That is why gradients are bit-equal either way.
+The order depends on the segments only, so it is data: printable, comparable, and for each single chunk the same with
+overlap on and off. That is why gradients are bit-equal either way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from enum import IntEnum
+from itertools import zip_longest
 
 from dualpipe.chunk import Chunk
 from dualpipe.schedule import Kind
 from dualpipe.stage import Lane, Segment
+
+MESSAGE = -1  # the index of a piece that is no segment, but the chunk's message to the neighbour stage
 
 
 @dataclass(frozen=True)
@@ -39,41 +44,85 @@ class Piece:
     def __str__(self) -> str:
         return f"{self.name}({self.part.value})"
 
+    @property
+    def is_message(self) -> bool:
+        return self.index == MESSAGE
+
+
+class Side(IntEnum):
+    """Which chunk of a pair a piece belongs to."""
+
+    FORWARD = 0
+    BACKWARD = 1
+
+
+Paired = tuple[Side, Piece]
+
+
+def message(part: Kind) -> Piece:
+    """Hand the outputs (F) or the gradients of the inputs (I) to the neighbour stage."""
+    return Piece(part, MESSAGE, "p2p", Lane.COMM)
+
 
 def forward_order(segments: Sequence[Segment]) -> list[Piece]:
-    return [Piece(Kind.F, i, s.name, s.lane) for i, s in enumerate(segments)]
+    """The segments as they stand: the stage has put what can run under a communication behind it."""
+    return [*(Piece(Kind.F, i, s.name, s.lane) for i, s in enumerate(segments)), message(Kind.F)]
 
 
 def backward_order(segments: Sequence[Segment], weights: bool = True) -> list[Piece]:
-    """Segments from last to first; communication starts as soon as its gradients are there, and W runs under it.
+    """Segments from last to first, communication as early and its readers as late as the gradients allow.
 
-    With `weights=False` the W pieces are left out: the schedule runs them later (`weight_order`).
+    The gradients of the inputs leave before the last W. With `weights=False` the W pieces are left out: the schedule
+    runs them later (`weight_order`).
     """
-    readers = {name: {i for i, s in enumerate(segments) if name in s.reads} for s in segments for name in s.writes}
-    todo = list(range(len(segments) - 1, -1, -1))
-    done: set[int] = set()
+    flows = _Flows(segments)
+    todo = [i for i in reversed(range(len(segments))) if segments[i].has_backward]
     order: list[Piece] = []
-    waiting: list[Piece] = []  # W pieces that may run under the next communication
-
-    def ready(index: int) -> bool:
-        return all(readers[name] <= done for name in segments[index].writes)
-
+    at_hand: list[Piece] = []  # W pieces that may run under the next communication
+    under_way: set[int] = set()  # communication that nobody has waited for yet
     while todo:
-        index = next((i for i in todo if segments[i].lane is Lane.COMM and ready(i)), todo[0])
-        todo.remove(index)
-        done.add(index)
+        index = flows.next(todo, under_way)
         segment = segments[index]
         if segment.lane is Lane.COMPUTE:
-            order += waiting
-            waiting = [Piece(Kind.W, index, segment.name, Lane.COMPUTE)] if weights else []
+            order += at_hand
+            at_hand = [Piece(Kind.W, index, segment.name, Lane.COMPUTE)] if weights else []
+        under_way -= flows.feeding(index)
+        if segment.lane is Lane.COMM:
+            under_way.add(index)
         order.append(Piece(Kind.I, index, segment.name, segment.lane))
-    return order + waiting
+        todo.remove(index)
+        flows.done.add(index)
+    return [*order, message(Kind.I), *at_hand]
+
+
+class _Flows:
+    """Where gradients come from: `done` are the segments whose backward has started."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._readers = {
+            name: {i for i, s in enumerate(segments) if name in s.reads and s.has_backward}
+            for s in segments
+            for name in s.writes
+        }
+        self.done: set[int] = set()
+
+    def feeding(self, index: int) -> set[int]:
+        """The segments that read what this one wrote: its gradients are theirs."""
+        return {reader for name in self._segments[index].writes for reader in self._readers[name]}
+
+    def next(self, todo: Sequence[int], under_way: set[int]) -> int:
+        """Ready communication first, then compute that waits for none under way, then what is next in line."""
+        ready = [i for i in todo if self.feeding(i) <= self.done]
+        communication = (i for i in ready if self._segments[i].lane is Lane.COMM)
+        free = (i for i in ready if not self.feeding(i) & under_way)
+        return next(communication, next(free, ready[0]))
 
 
 def weight_order(segments: Sequence[Segment]) -> list[Piece]:
     """All W pieces, in the order in which the backward put them aside."""
-    compute = [(i, s) for i, s in enumerate(segments) if s.lane is Lane.COMPUTE]
-    return [Piece(Kind.W, i, s.name, Lane.COMPUTE) for i, s in reversed(compute)]
+    order = backward_order(segments)
+    return [piece for piece in order if piece.part is Kind.W]
 
 
 def beats(order: Sequence[Piece]) -> list[list[Piece]]:
@@ -91,18 +140,30 @@ def beats(order: Sequence[Piece]) -> list[list[Piece]]:
     return result
 
 
-def pair_order(forward: Sequence[Segment], backward: Sequence[Segment]) -> list[tuple[int, Piece]]:
-    """The pieces of a pair, as (0 = forward chunk, 1 = backward chunk; piece)."""
-    ours = [[(0, p) for p in beat] for beat in beats(forward_order(forward))]
-    theirs = [[(1, p) for p in beat] for beat in beats(backward_order(backward))]
-    if theirs[0][0][1].lane is Lane.COMM:  # a backward that opens with its combine: start it before all else
-        first, *theirs = theirs
-        return first + list(chain.from_iterable(chain.from_iterable(zip_longest(ours, theirs, fillvalue=[]))))
-    return list(chain.from_iterable(chain.from_iterable(zip_longest(ours, theirs, fillvalue=[]))))
+def pair_order(forward: Sequence[Segment], backward: Sequence[Segment]) -> list[Paired]:
+    """The pieces of a pair: the beats of the backward chunk and of the forward chunk in turn."""
+    ours = [[(Side.FORWARD, p) for p in beat] for beat in beats(forward_order(forward))]
+    theirs = [[(Side.BACKWARD, p) for p in beat] for beat in beats(backward_order(backward))]
+    nothing: list[Paired] = []
+    return [piece for turn in zip_longest(theirs, ours, fillvalue=nothing) for beat in turn for piece in beat]
 
 
-def run_piece(chunk: Chunk, piece: Piece) -> None:
-    if piece.part is Kind.F:
+def two_lanes(order: Iterable[Paired]) -> str:
+    """An order as two lines of text, compute above communication; ▲ backward, △ forward as in the report."""
+    lanes: dict[Lane, list[str]] = {Lane.COMPUTE: [], Lane.COMM: []}
+    for side, piece in order:
+        text = f"{piece}{'▲' if side is Side.BACKWARD else '△'}"
+        here, there = lanes[piece.lane], lanes[Lane.COMM if piece.lane is Lane.COMPUTE else Lane.COMPUTE]
+        here.append(text)
+        there.append(" " * len(text))
+    return "\n".join(f"{lane:8} {'  '.join(cells).rstrip()}" for lane, cells in lanes.items())
+
+
+def run_piece(chunk: Chunk, piece: Piece, send: Callable[[], None]) -> None:
+    """Run a compute piece or start a communication piece; `send` hands over the chunk's result."""
+    if piece.is_message:
+        send()
+    elif piece.part is Kind.F:
         chunk.forward(piece.index)
     elif piece.part is Kind.I:
         chunk.backward(piece.index)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dualpipe.chunk import Chunk
+from dualpipe.lanes import Lanes, lanes_for
 from dualpipe.messages import Cargo, Message, RankPlan, incoming, outgoing, plan_messages
 from dualpipe.overlap import backward_order, forward_order, pair_order, run_piece, weight_order
 from dualpipe.p2p import P2P, Links, PeerLostError
@@ -87,6 +88,7 @@ class Pipeline:
         self._rank = rank
         self._queue = queue
         self._overlap = overlap
+        self._lanes = lanes_for(device or torch.device("cpu"), overlap)
         links = links or Links({}, (0,))
         self._device = device or torch.device("cpu")
         self._p2p = P2P(links, self._device, timeout)
@@ -113,7 +115,7 @@ class Pipeline:
         expected = mode.schedule.num_micro_batches
         if len(micro_batches) != expected:
             raise ValueError(f"{mode.schedule.name} was made for {expected} micro-batches; got {len(micro_batches)}")
-        run = _Run(mode, self._stages, micro_batches, self._p2p, self._queue, self._overlap)
+        run = _Run(mode, self._stages, micro_batches, self._p2p, self._queue, self._overlap, self._lanes)
         self.spans = []
         step: Step | None = None
         try:
@@ -158,7 +160,9 @@ class _Run:
         p2p: P2P,
         queue: WeightGradQueue,
         overlap: bool,
+        lanes: Lanes,
     ) -> None:
+        self._lanes = lanes
         self._mode = mode
         self._stages = stages
         self._micro_batches = micro_batches
@@ -195,19 +199,17 @@ class _Run:
     def _forward(self, action: Action) -> None:
         chunk = self._open(action)
         for piece in forward_order(chunk.segments):
-            run_piece(chunk, piece)
-        self._close_forward(action, chunk)
+            run_piece(chunk, piece, lambda: self._close_forward(action, chunk))
 
     def _backward(self, action: Action) -> None:
         chunk = self._turn(action)
         for piece in backward_order(chunk.segments, weights=action.kind is Kind.B):
-            run_piece(chunk, piece)
-        self._close_backward(action, chunk)
+            run_piece(chunk, piece, lambda: self._close_backward(action, chunk))
 
     def _weights(self, action: Action) -> None:
         chunk = self._chunks.pop((action.stage, action.micro_batch))
         for piece in weight_order(chunk.segments):
-            run_piece(chunk, piece)
+            run_piece(chunk, piece, lambda: None)
 
     def _pair(self, pair: Pair) -> None:
         if not self._overlap:
@@ -216,13 +218,12 @@ class _Run:
             return
         chunks = self._open(pair.forward), self._turn(pair.backward)
         order = pair_order(chunks[0].segments, chunks[1].segments)
-        last = {side: i for i, (side, _) in enumerate(order)}
-        for i, (side, piece) in enumerate(order):
-            run_piece(chunks[side], piece)
-            if i == last[0]:
-                self._close_forward(pair.forward, chunks[0])
-            if i == last[1]:
-                self._close_backward(pair.backward, chunks[1])
+        send = (
+            lambda: self._close_forward(pair.forward, chunks[0]),
+            lambda: self._close_backward(pair.backward, chunks[1]),
+        )
+        for side, piece in order:
+            run_piece(chunks[side], piece, send[side])
 
     # -- where chunks begin and end ----------------------------------------------------------------------------
 
@@ -232,7 +233,8 @@ class _Run:
         segments = self._stages[action.stage].segments(micro_batch)
         previous = Action(Kind.F, action.stage - 1, action.micro_batch)
         inputs = self._take(action, previous) if action.stage > 0 else ()
-        return Chunk((action.stage, action.micro_batch), segments, inputs, self._queue, self._mode.training)
+        key = (action.stage, action.micro_batch)
+        return Chunk(key, segments, inputs, self._queue, self._mode.training, self._lanes)
 
     def _close_forward(self, action: Action, chunk: Chunk) -> None:
         """Send the outputs on, or keep the loss."""

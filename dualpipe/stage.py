@@ -44,15 +44,16 @@ class CommOp(Protocol):
     """Communication with a hand-written backward: gradients travel the opposite way.
 
     `start` receives the values that the segment reads and promises those that it writes; `start_backward` receives
-    the gradients of the written values and promises those of the read tensors that need one (None for the rest).
-    One object serves one micro-batch, so it may keep what the backward needs (counts, permutations).
+    the gradients of the written values and promises those of the read tensors that need one (None for the rest); it
+    is None where no gradient flows. One object serves one micro-batch, so it may keep what the backward needs
+    (counts, permutations).
     """
 
     @property
     def start(self) -> Callable[..., Pending]: ...
 
     @property
-    def start_backward(self) -> Callable[..., Pending]: ...
+    def start_backward(self) -> Callable[..., Pending] | None: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Segment:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     work: Callable[..., Any] | CommOp
+
+    @property
+    def has_backward(self) -> bool:
+        """False for communication that carries no gradient, such as an exchange of counts."""
+        return self.lane is Lane.COMPUTE or self.work.start_backward is not None  # type: ignore[union-attr]
 
 
 def compute(name: str, reads: Sequence[str], writes: Sequence[str], fn: Callable[..., Any]) -> Segment:

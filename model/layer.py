@@ -1,8 +1,8 @@
 """One transformer layer, cut into segments (report Fig. 4).
 
     dense layer   attention → mlp
-    MoE layer     attention → dispatch → shared → experts → combine
-                  compute     comm       compute  compute   comm
+    MoE layer     attention → counts → dispatch → shared → experts → combine
+                  compute     comm     comm       compute  compute   comm
 
 The residual stream is handed on as a tuple of names whose sum it is: the sum is made by the next compute segment,
 so combine's result is not awaited before it is needed. `shared` stands between dispatch and experts, and so runs
@@ -119,8 +119,10 @@ class Layer(nn.Module):
         exchange = self.tools.dispatcher.open()
         h, x, gates, chosen = name("h"), name("x"), name("gates"), name("chosen")
         rows, row_gates, counts, y, shared = (name(v) for v in ("rows", "row_gates", "counts", "y", "shared"))
+        sizes = name("sizes")
         out.compute(name("attention"), residual, (h, x, gates, chosen), attend_and_route)
-        out.communicate(name("dispatch"), (x, gates, chosen), (rows, row_gates, counts), exchange.dispatch)
+        out.communicate(name("counts"), (chosen,), (sizes,), exchange.counts)
+        out.communicate(name("dispatch"), (x, gates, chosen, sizes), (rows, row_gates, counts), exchange.dispatch)
         if self.shared is not None:
             out.compute(name("shared"), (x,), (shared,), self.shared)
         out.compute(name("experts"), (rows, row_gates, counts), (name("weighted"),), self.experts)

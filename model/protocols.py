@@ -26,18 +26,20 @@ class CommOp(Protocol):
     def start(self) -> Callable[..., Pending]: ...
 
     @property
-    def start_backward(self) -> Callable[..., Pending]: ...
+    def start_backward(self) -> Callable[..., Pending] | None: ...
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The two all-to-alls of one MoE layer for one micro-batch.
+    """The two all-to-alls of one MoE layer for one micro-batch, and the small one that tells their sizes.
 
-    dispatch: (x_TD, gates_TK, experts_TK) → (x_RD, gates_R, counts): one row for every (token, expert) pair whose
-              expert is on this rank, sorted by expert; counts = rows per local expert.
+    counts:   (experts_TK,) → (sizes,): what dispatch wants to know in advance; carries no gradient.
+    dispatch: (x_TD, gates_TK, experts_TK, sizes) → (x_RD, gates_R, counts): one row for every (token, expert) pair
+              whose expert is on this rank, sorted by expert; counts = rows per local expert.
     combine:  (y_RD,) → (y_TD,): the sum over each token's experts, back where the token lives.
     """
 
+    counts: CommOp
     dispatch: CommOp
     combine: CommOp
 

@@ -16,7 +16,7 @@ from model.init import initialise
 from model.layers import Toolbox
 from model.precision import Precision
 from model.stage import ModelStage, StageShape
-from parallel.dispatch import AllToAllDispatcher
+from parallel.dispatch import RoutedDispatcher
 from parallel.grads import GradBuffer, make_buffers
 from parallel.mesh import Mesh
 
@@ -80,7 +80,7 @@ def build_stages(
         )
     share = config.num_experts // mesh.layout.ep
     experts = range(mesh.ep * share, (mesh.ep + 1) * share)
-    dispatcher = AllToAllDispatcher(mesh.expert, share)
+    dispatcher = RoutedDispatcher(mesh.expert, share)
     tools = Toolbox(precision, queue, dispatcher, options.param_dtype, options.device)
     layers = split_layers(config, schedule.num_stages, options.layers_per_stage)
     last = schedule.num_stages - 1

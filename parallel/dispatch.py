@@ -1,23 +1,23 @@
 """Expert parallelism: tokens travel to their experts and back.
 
-Backend `all_to_all`, for any torch.distributed backend. A token that has several experts on one rank travels there
-once, with the list of its experts and gates; the receiver makes one row per (token, expert), sorted by expert. On
-the way back the receiver adds up a token's rows, so again one row per token and rank travels. Splits are uneven,
-and any of them may be zero.
+A token that has several experts behind one hop travels there once, with the list of its experts and gates; the last
+receiver makes one row per (token, expert), sorted by expert. On the way back every receiver adds up a token's rows, so
+again one row per token and rank travels. All columns of a row go in one message. Splits are uneven, and any of them
+may be zero.
 
-    dispatch   counts (blocking, EP integers) · tokens, experts, gates (asynchronous)
+    counts     sizes of everything (asynchronous, a few integers per rank)
+    dispatch   tokens, gates, experts (asynchronous)
     combine    sums of weighted expert outputs (asynchronous)
 
-Each has its backward: gradients take the same routes in the opposite direction. With one rank nothing travels and
-the same code runs on the local rows.
+Each of the two has its backward: gradients take the same routes in the opposite direction. `routes.py` has the hops.
+With two of them (`hierarchical`) the second starts when the first is waited for, on a CPU; it stays inside the node.
 
-Shapes: T local tokens, K experts per token, N tokens sent (one per token and rank), M tokens received, R expert
-rows, D hidden size.
+Shapes: T local tokens, K experts per token, M rows received at last, R expert rows, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,66 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.protocols import Exchange
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The routes of one micro-batch through one layer.
-
-    token_N, slots_NK   per sent row: its token, and the experts on that rank (-1: slot of another rank)
-    sent, received      rows to and from each rank
-    source_R, slot_R    per expert row: the received row, and the slot of its gate
-    """
-
-    num_tokens: int
-    token_N: Tensor
-    slots_NK: Tensor
-    sent: list[int]
-    received: list[int]
-    source_R: Tensor
-    slot_R: Tensor
-
-
-class AllToAllDispatcher:
-    """Opens exchanges over a group of EP ranks (None: one rank), each with `experts_per_rank` experts."""
-
-    def __init__(self, group: dist.ProcessGroup | None, experts_per_rank: int) -> None:
-        self.group = group
-        self.ranks = group.size() if group is not None else 1
-        self.experts_per_rank = experts_per_rank
-
-    def open(self) -> Exchange:
-        route = _Route(self)
-        return Exchange(_Dispatch(route), _Combine(route))
-
-    def exchange_counts(self, sent: Tensor) -> list[int]:
-        if self.group is None:
-            return sent.tolist()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        return received.tolist()
-
-    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Transfer:
-        """Start sending blocks of rows; block r goes to rank r."""
-        if self.group is None:
-            return Transfer(rows, None, rows)
-        out = rows.new_empty((sum(received), *rows.shape[1:]))
-        work = dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.group, async_op=True)
-        return Transfer(out, work, rows)
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Rows under way; keeps what is being sent alive."""
-
-    rows: Tensor
-    work: Any
-    sending: Tensor
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.rows
+from parallel.expert_groups import ExpertGroups
+from parallel.packing import Columns
+from parallel.routes import Place, Sizes, count_table, rows_for, sort_by_expert, targets
 
 
 class Promise:
@@ -98,93 +41,195 @@ class Promise:
         return self._finish()
 
 
-class _Route:
-    """What dispatch and combine of one exchange share: the plan, made by dispatch."""
+@dataclass(frozen=True)
+class Transfer:
+    """Columns of rows under way; keeps what is being sent alive."""
 
-    def __init__(self, dispatcher: AllToAllDispatcher) -> None:
+    layout: Columns
+    arriving: Tensor
+    sending: Tensor
+    work: Any
+
+    def wait(self) -> tuple[Tensor, ...]:
+        self.work.wait()
+        return self.layout.unpack(self.arriving)
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One all-to-all of a micro-batch: sent row n copies row index_N[n] of the `rows` that are here."""
+
+    group: dist.ProcessGroup
+    index_N: Tensor
+    rows: int
+    sent: list[int]
+    received: list[int]
+
+    def there(self, columns: Sequence[Tensor]) -> Transfer:
+        """Send the rows that travel, of columns [rows, ...]; what arrives is [sum(received), ...]."""
+        layout = Columns.of(columns)
+        return self._exchange(layout, layout.pack(columns, self.index_N), self.sent, self.received)
+
+    def back(self, columns: Sequence[Tensor]) -> Transfer:
+        """Send one row for each that was received, home."""
+        layout = Columns.of(columns)
+        return self._exchange(layout, layout.pack(columns), self.received, self.sent)
+
+    def add(self, columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Add up what came home: [rows, ...]."""
+        return tuple(c.new_zeros(self.rows, c.shape[1]).index_add_(0, self.index_N, c) for c in columns)
+
+    def _exchange(self, layout: Columns, block: Tensor, sent: list[int], received: list[int]) -> Transfer:
+        arriving = layout.block(sum(received), block.device)
+        work = dist.all_to_all_single(arriving, block, received, sent, group=self.group, async_op=True)
+        return Transfer(layout, arriving, block, work)
+
+
+@dataclass(frozen=True)
+class Route:
+    """All hops of a micro-batch through one layer; then expert row r is received row source_R[r], gate slot_R[r].
+
+    `received` is (M, K).
+    """
+
+    hops: tuple[Hop, ...]
+    received: tuple[int, ...]
+    source_R: Tensor
+    slot_R: Tensor
+
+    def there(self, columns: Sequence[Tensor]) -> Promise:
+        """From tokens to expert rows, along hops that are known."""
+        first = self.hops[0].there(columns) if self.hops else None
+
+        def finish() -> tuple[Tensor, ...]:
+            arrived = tuple(columns) if first is None else first.wait()
+            for hop in self.hops[1:]:
+                arrived = hop.there(arrived).wait()
+            return tuple(c[self.source_R] for c in arrived)
+
+        return Promise(finish)
+
+    def back(self, columns: Sequence[Tensor]) -> Promise:
+        """From received rows to tokens, added up at every hop."""
+        first = self.hops[-1].back(columns) if self.hops else None
+
+        def finish() -> tuple[Tensor, ...]:
+            if first is None:
+                return tuple(columns)
+            arrived = self.hops[-1].add(first.wait())
+            for hop in reversed(self.hops[:-1]):
+                arrived = hop.add(hop.back(arrived).wait())
+            return arrived
+
+        return Promise(finish)
+
+    def gather(self, rows_RD: Tensor) -> Tensor:
+        """The sum of each received row's expert rows: [M, D]."""
+        return rows_RD.new_zeros(self.received[0], rows_RD.shape[1]).index_add_(0, self.source_R, rows_RD)
+
+
+class RoutedDispatcher:
+    """Opens exchanges over an EP group (None: one rank), each rank of which holds `experts_per_rank` experts."""
+
+    def __init__(self, groups: ExpertGroups | None, experts_per_rank: int) -> None:
+        self.groups = groups
+        if groups is None:
+            self.place = Place(0, 1, 1, experts_per_rank)
+        else:
+            self.place = Place(groups.position, groups.nodes, groups.local, experts_per_rank)
+
+    def open(self) -> Exchange:
+        counts = _Counts(self)
+        dispatch = _Dispatch(self)
+        return Exchange(counts, dispatch, _Combine(dispatch))
+
+    def hop_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """The groups of the first and second hop; None if that hop has one rank."""
+        groups = self.groups
+        if groups is None:
+            return None, None
+        return (groups.whole, None) if groups.local == 1 else (groups.rail, groups.node)
+
+
+class _Counts:
+    start_backward = None
+
+    def __init__(self, dispatcher: RoutedDispatcher) -> None:
         self.dispatcher = dispatcher
-        self.plan: Plan | None = None
 
-    @property
-    def known(self) -> Plan:
-        if self.plan is None:
-            raise RuntimeError("combine, or a backward, was asked for before dispatch has finished")
-        return self.plan
+    def start(self, experts_TK: Tensor) -> Promise:
+        """Promises (table,): [2, P, ...], what this rank sent and what it received."""
+        sent = count_table(experts_TK, self.dispatcher.place)
+        groups = self.dispatcher.groups
+        if groups is None:
+            return Promise(lambda: (torch.stack((sent, sent)),))
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=groups.counts, async_op=True)
 
-    def scatter(self, rows_RD: Tensor) -> Transfer:
-        """Send each expert row's contribution home: added per received token, one row per token and rank."""
-        plan = self.known
-        summed = rows_RD.new_zeros(sum(plan.received), rows_RD.shape[1]).index_add_(0, plan.source_R, rows_RD)
-        return self.dispatcher.exchange(summed, plan.received, plan.sent)
+        def finish() -> tuple[Tensor]:
+            work.wait()
+            return (torch.stack((sent, received)),)
 
-    def gather_home(self, rows_ND: Tensor) -> Tensor:
-        plan = self.known
-        return rows_ND.new_zeros(plan.num_tokens, rows_ND.shape[1]).index_add_(0, plan.token_N, rows_ND)
+        return Promise(finish)
 
 
 class _Dispatch:
-    def __init__(self, route: _Route) -> None:
-        self.route = route
+    def __init__(self, dispatcher: RoutedDispatcher) -> None:
+        self.dispatcher = dispatcher
+        self._route: Route | None = None
 
-    def start(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> Promise:
-        dispatcher = self.route.dispatcher
-        token_N, slots_NK, sent = route_tokens(experts_TK, dispatcher.ranks, dispatcher.experts_per_rank)
-        received = dispatcher.exchange_counts(sent)
-        counts = sent.tolist()
-        transfers = [
-            dispatcher.exchange(rows, counts, received) for rows in (slots_NK, gates_TK[token_N], x_TD[token_N])
-        ]
+    @property
+    def route(self) -> Route:
+        if self._route is None:
+            raise RuntimeError("combine, or a backward, was asked for before dispatch has finished")
+        return self._route
 
-        def finish() -> tuple[Tensor, Tensor, list[int]]:
-            arrived_MK, gates_MK, x_MD = (t.wait() for t in transfers)
-            source_R, slot_R, per_expert = sort_by_expert(arrived_MK, dispatcher.experts_per_rank)
-            self.route.plan = Plan(len(x_TD), token_N, slots_NK, counts, received, source_R, slot_R)
-            return x_MD[source_R], gates_MK[source_R, slot_R], per_expert
+    def start(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, table: Tensor) -> Promise:
+        place = self.dispatcher.place
+        across, inside = self.dispatcher.hop_groups()
+        sent, received = table.tolist()
+        sizes = Sizes.read(sent, received, place)
+        columns: tuple[Tensor, ...] = (x_TD, gates_TK, experts_TK.to(torch.int32))
+        hops: list[Hop] = []
+        first = None
+        if across is not None:
+            hops.append(_hop(across, experts_TK, 0, place.share * place.local, sizes, 0))
+            first = hops[0].there(columns)
+
+        def finish() -> tuple[Any, ...]:
+            arrived = columns if first is None else first.wait()
+            if inside is not None:
+                start = place.node * place.local * place.share
+                hops.append(_hop(inside, arrived[2], start, place.share, sizes, 1))
+                arrived = hops[-1].there(arrived).wait()
+            x_MD, gates_MK, experts_MK = arrived
+            source_R, slot_R = sort_by_expert(experts_MK, place, sum(sizes.per_expert))
+            self._route = Route(tuple(hops), experts_MK.shape, source_R, slot_R)
+            return x_MD[source_R], gates_MK[source_R, slot_R], sizes.per_expert
 
         return Promise(finish)
 
     def start_backward(self, dx_RD: Tensor, dgates_R: Tensor, _: None) -> Promise:
-        route, plan = self.route, self.route.known
-        dgates_MK = dgates_R.new_zeros(sum(plan.received), plan.slots_NK.shape[1])
-        dgates_MK[plan.source_R, plan.slot_R] = dgates_R
-        transfers = (route.scatter(dx_RD), route.dispatcher.exchange(dgates_MK, plan.received, plan.sent))
-        return Promise(lambda: (*(route.gather_home(t.wait()) for t in transfers), None))
+        route = self.route
+        dgates_MK = dgates_R.new_zeros(route.received)
+        dgates_MK[route.source_R, route.slot_R] = dgates_R
+        pending = route.back((route.gather(dx_RD), dgates_MK))
+        return Promise(lambda: (*pending.wait(), None, None))
 
 
 class _Combine:
-    def __init__(self, route: _Route) -> None:
-        self.route = route
+    def __init__(self, dispatch: _Dispatch) -> None:
+        self.dispatch = dispatch
 
     def start(self, y_RD: Tensor) -> Promise:
-        transfer = self.route.scatter(y_RD)
-        return Promise(lambda: (self.route.gather_home(transfer.wait()),))
+        route = self.dispatch.route
+        return route.back((route.gather(y_RD),))
 
     def start_backward(self, dy_TD: Tensor) -> Promise:
-        plan = self.route.known
-        rows = dy_TD.flatten(0, -2)[plan.token_N]
-        transfer = self.route.dispatcher.exchange(rows, plan.sent, plan.received)
-        return Promise(lambda: (transfer.wait()[plan.source_R],))
+        return self.dispatch.route.there((dy_TD.flatten(0, -2),))
 
 
-def route_tokens(experts_TK: Tensor, ranks: int, experts_per_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens go to which rank.
-
-    Returns token_N and slots_NK, sorted by rank and then by token, and the number of rows for each rank. A slot
-    holds the expert's number on its rank, or -1 if that expert lives elsewhere.
-    """
-    rank_TK = experts_TK // experts_per_rank
-    wanted_RT = torch.zeros(ranks, len(experts_TK), dtype=torch.bool, device=experts_TK.device)
-    wanted_RT.scatter_(0, rank_TK.t(), True)
-    rank_N, token_N = wanted_RT.nonzero(as_tuple=True)
-    here_NK = rank_TK[token_N] == rank_N.unsqueeze(1)
-    slots_NK = (experts_TK[token_N] % experts_per_rank).masked_fill(~here_NK, -1)
-    return token_N, slots_NK, wanted_RT.sum(1)
-
-
-def sort_by_expert(slots_MK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """One row per (received token, local expert), sorted by expert: its received row, its slot, rows per expert."""
-    row, slot = (slots_MK >= 0).nonzero(as_tuple=True)
-    expert = slots_MK[row, slot]
-    order = expert.argsort(stable=True)
-    counts = torch.bincount(expert, minlength=experts)
-    return row[order], slot[order], counts.tolist()
+def _hop(group: dist.ProcessGroup, experts_MK: Tensor, first: int, share: int, sizes: Sizes, number: int) -> Hop:
+    sent, received = sizes.sent[number], sizes.received[number]
+    wanted = targets(experts_MK, first, share, len(sent))
+    return Hop(group, rows_for(wanted, sum(sent)), len(experts_MK), sent, received)

@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dualpipe.p2p import Links
+from parallel.expert_groups import ExpertGroups, create_expert_groups
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Mesh:
 
     layout: Layout
     rank: int
-    expert: dist.ProcessGroup | None
+    expert: ExpertGroups | None
     dense: dist.ProcessGroup | None
     experts: dist.ProcessGroup | None
     links: Links | None
@@ -112,12 +113,17 @@ class Mesh:
 
     @staticmethod
     def create(
-        layout: Layout, mirrors: Sequence[Sequence[int]], timeout: timedelta, embedding: Sequence[int] = ()
+        layout: Layout,
+        mirrors: Sequence[Sequence[int]],
+        timeout: timedelta,
+        embedding: Sequence[int] = (),
+        ranks_per_node: int | None = None,
     ) -> Mesh:
         """Make all groups. Collective: every process calls it with the same arguments.
 
-        mirrors     the PP ranks that hold the same stages, e.g. [[0, 3], [1, 2]] for DualPipe on 4
-        embedding   the PP ranks that hold the embedding, e.g. [0, 3] for 1F1B on 4 with MTP; () is the first stage's
+        mirrors         the PP ranks that hold the same stages, e.g. [[0, 3], [1, 2]] for DualPipe on 4
+        embedding       the PP ranks that hold the embedding, e.g. [0, 3] for 1F1B on 4 with MTP; () is the first stage's
+        ranks_per_node  asks for expert groups inside and across nodes, for a dispatch that uses them
         """
         if layout.world == 1:
             return Mesh(layout, 0, None, None, None, None, None)
@@ -128,7 +134,7 @@ class Mesh:
         return Mesh(
             layout=layout,
             rank=rank,
-            expert=_my_group(layout.expert_groups(), rank, timeout),
+            expert=create_expert_groups(layout.expert_groups(), timeout, ranks_per_node),
             dense=_my_group(dense_groups, rank, timeout),
             experts=_my_group(expert_copies, rank, timeout),
             links=Links.create(layout.pipelines(), timeout) if layout.pp > 1 else None,

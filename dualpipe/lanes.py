@@ -1,0 +1,107 @@
+"""The two lanes of a rank: how communication runs beside compute.
+
+A chunk hands every communication to `Lanes.start` and waits for the result where it is read. What "beside" means is
+up to the device:
+
+    HostLanes     the operation is an asynchronous collective, and goes on by itself until it is waited for (CPU)
+    StreamLanes   the operation, its packing and its unpacking run on a stream of their own (GPU)
+    SerialLanes   it is waited for at once: nothing overlaps (`overlap=off`)
+
+There is one Python thread; no lane has a queue of its own on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dualpipe.stage import Pending
+
+Begin = Callable[[], Pending]
+
+
+class Lanes(Protocol):
+    def start(self, name: str, begin: Begin) -> Pending:
+        """Start a communication on its lane, after the compute that has been issued so far.
+
+        `begin` starts it and returns what is to be waited for; `name` is for records.
+        """
+        ...
+
+
+class HostLanes:
+    """Asynchronous collectives need no help: they run on the backend's threads."""
+
+    def start(self, name: str, begin: Begin) -> Pending:
+        return begin()
+
+
+class _Done:
+    def __init__(self, results: tuple[Any, ...]) -> None:
+        self._results = results
+
+    def wait(self) -> tuple[Any, ...]:
+        return self._results
+
+
+class SerialLanes:
+    """No second lane: a communication is over before anything else begins."""
+
+    def start(self, name: str, begin: Begin) -> Pending:
+        return _Done(begin().wait())
+
+
+class StreamLanes:
+    """Communication on a stream of its own; events order it against the compute stream, and the host waits for none.
+
+    communication   the stream to run on; on a CUDA device one of high priority, so that its few kernels are not
+                    queued behind large products
+    compute         gives the current compute stream
+
+    A backend's `wait` (NCCL's, DeepEP's) makes the current stream wait, not the host; here that is the communication
+    stream, and the compute stream waits for an event recorded behind it.
+    """
+
+    def __init__(self, communication: torch.Stream, compute: Callable[[], torch.Stream]) -> None:
+        self._communication = communication
+        self._compute = compute
+
+    @staticmethod
+    def on(device: torch.device) -> StreamLanes:
+        return StreamLanes(
+            torch.Stream(device, priority=-1),
+            lambda: torch.accelerator.current_stream(device),
+        )
+
+    def start(self, name: str, begin: Begin) -> Pending:
+        self._communication.wait_event(self._compute().record_event())
+        with self._communication:
+            results = begin().wait()
+            return _OnStream(results, self._communication.record_event(), self._compute, begin)
+
+
+class _OnStream:
+    """Holds `begin`, and so the tensors that are read, until the compute stream is behind the communication."""
+
+    def __init__(
+        self, results: tuple[Any, ...], done: torch.Event, compute: Callable[[], torch.Stream], begin: Begin
+    ) -> None:
+        self._results, self._done, self._compute, self._begin = results, done, compute, begin
+
+    def wait(self) -> tuple[Any, ...]:
+        stream = self._compute()
+        stream.wait_event(self._done)
+        for result in self._results:
+            if isinstance(result, Tensor):
+                result.record_stream(stream)  # its memory belongs to the communication stream
+        return self._results
+
+
+def lanes_for(device: torch.device, overlap: bool) -> Lanes:
+    """The lanes of a device; with overlap off, the serial ones."""
+    if not overlap:
+        return SerialLanes()
+    return HostLanes() if device.type == "cpu" else StreamLanes.on(device)
