@@ -5,126 +5,25 @@ Real torchrun, real SIGKILL. The undisturbed run that the others are compared wi
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+from tests.job import Job, checkpoints, losses, steps_done, write_text
+
 STEPS = 36
-MODEL = (
-    "model.num_layers=2 model.hidden_size=32 model.dense_ffn_size=48 model.num_heads=2 model.query_rank=16 "
-    "model.key_value_rank=16 model.head_dim=8 model.rope_dim=4 model.value_dim=8 model.num_experts=4 "
-    "model.experts_per_token=2 model.num_groups=2 model.expert_ffn_size=16"
-)
-LOOP = f"steps={STEPS} save_every=3 eval_every=6 eval_batches=1 data.seq_len=32 data.micro_batch_size=1 sample_tokens=0"
-ENDS_WITHIN = 30  # seconds from the kill to the end of the last process: the promise of the README
+LOOP = f"steps={STEPS} save_every=3 eval_every=6 sample_tokens=0 logger=none"
 
 pytestmark = pytest.mark.slow
-
-
-class Job:
-    """`torchrun … train.py` with a small model, in a session of its own; its output goes to a file."""
-
-    def __init__(self, folder: Path, run: str) -> None:
-        self.run_dir = folder / run
-        self._output = folder / f"{run}.{time.monotonic_ns()}.log"
-        places = f"run={run} runs_dir={folder} data.path={folder / 'text'} data.cache_dir={folder / 'cache'}"
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        with self._output.open("w") as output:
-            self.torchrun = subprocess.Popen(
-                [*TORCHRUN, *f"train.py {MODEL} {LOOP} {places} logger=none launch.timeout_seconds=20".split()],
-                cwd=ROOT,
-                env={**environment, "OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    def kill(self, *ranks: int) -> int:
-        """SIGKILL to these ranks. Returns torchrun's exit code once all have ended, which must be soon."""
-        children = psutil.Process(self.torchrun.pid).children(recursive=True)
-        victims = [c for c in children if c.environ().get("RANK") in {str(r) for r in ranks}]
-        assert len(victims) == len(ranks), f"ranks {ranks} are not all running:\n{self.output}"
-        deadline = time.monotonic() + ENDS_WITHIN
-        for victim in victims:
-            victim.kill()
-        code = self.torchrun.wait(timeout=ENDS_WITHIN)
-        _, alive = psutil.wait_procs(children, timeout=max(0.0, deadline - time.monotonic()))
-        assert not alive, f"still there {ENDS_WITHIN} s after the kill: {alive}\n{self.output}"
-        return code
-
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not happened():
-            assert self.torchrun.poll() is None, f"ended too early:\n{self.output}"
-            assert time.monotonic() < deadline, f"nothing happened:\n{self.output}"
-            time.sleep(0.01)
-
-    def finish(self) -> str:
-        """Wait for a good end."""
-        code = self.torchrun.wait(timeout=180)
-        assert code == 0, self.output
-        return self.output
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing outlives a test: the session's processes are those that this job started."""
-        for process in psutil.process_iter(["pid"]):
-            try:
-                if os.getsid(process.pid) == self.torchrun.pid:
-                    process.kill()
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
-        self.torchrun.wait()
-
-
-def losses(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Training and validation losses, gradient norms and imbalance, by step, exactly as written."""
-    path = run_dir / "metrics.jsonl"
-    found: dict[str, dict[int, float]] = {}
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for line in lines:
-        if line.endswith("\n"):
-            row = json.loads(line)
-            for name in ("train/loss", "val/loss", "train/grad_norm", "train/lr", "balance/max_vio"):
-                if name in row:
-                    assert row["step"] not in found.setdefault(name, {}), f"step {row['step']} is there twice"
-                    found[name][row["step"]] = row[name]
-    return found
-
-
-def steps_done(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return max(losses(run_dir).get("train/loss", {0: 0.0})) if path.exists() else 0
-
-
-def checkpoints(run_dir: Path) -> list[str]:
-    return sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a little text, and the undisturbed run in `whole`."""
     made = tmp_path_factory.mktemp("faults")
-    (made / "text").mkdir()
-    for number, source in enumerate(sorted((ROOT / "dualpipe").glob("*.py"))[:6]):
-        (made / "text" / f"{number}.txt").write_text(source.read_text())
-    with Job(made, "whole") as job:
+    write_text(made)
+    with Job(made, "whole", LOOP) as job:
         job.finish()
     assert len(losses(made / "whole")["train/loss"]) == STEPS
     return made
@@ -133,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_run_and_the_next_one_goes_on_bit_for_bit(folder: Path, victim: int) -> None:
     run_dir = folder / f"killed_{victim}"
-    with Job(folder, run_dir.name) as job:
+    with Job(folder, run_dir.name, LOOP) as job:
         job.wait_until(lambda: steps_done(run_dir) >= 4 and bool(checkpoints(run_dir)))
         done = steps_done(run_dir)
         assert job.kill(victim) != 0
@@ -142,7 +41,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_one_goes_on_bit_for_bit(folder:
     assert done <= int(said[1]) <= steps_done(run_dir) + 2, (done, said[0])
     assert f"{run_dir / 'checkpoints'} is whole; the same command goes on" in job.output
     assert steps_done(run_dir) < STEPS, "it was killed too late to prove anything"
-    with Job(folder, run_dir.name) as job:
+    with Job(folder, run_dir.name, LOOP) as job:
         job.finish()
     assert losses(run_dir) == losses(folder / "whole")
 
@@ -151,7 +50,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_usable(folder: Path) -> 
     """Killed between the start of the second save and its rename: what is half written is not taken, and goes."""
     run_dir = folder / "torn"
     writing = run_dir / "checkpoints"
-    with Job(folder, run_dir.name) as job:
+    with Job(folder, run_dir.name, LOOP) as job:
         job.wait_until(lambda: checkpoints(run_dir) != [] and any(writing.glob(".writing_*")))
         assert job.kill(0, 1) != 0
     half = writing / ".writing_step_00009999"  # and one that surely is torn, whatever the moment of the kill was
@@ -159,7 +58,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_usable(folder: Path) -> 
     (half / "__0_0.distcp").write_bytes(b"\0" * 100)
     with (run_dir / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 23, "train/lo')
-    with Job(folder, run_dir.name) as job:
+    with Job(folder, run_dir.name, LOOP) as job:
         job.finish()
     assert losses(run_dir) == losses(folder / "whole")
     assert not list(writing.glob(".writing_*"))

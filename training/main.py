@@ -8,6 +8,7 @@ dead peer's cooperation in a clean shutdown is how jobs hang.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -74,9 +75,16 @@ def resume_command(job: Job) -> str:
     """The command line that goes on with this run for as many steps again."""
     kept = [a for a in sys.argv[1:] if not a.startswith(("steps=", "run=", "resume="))]
     words = [f"run={job.config.run}", f"steps={2 * job.config.steps}", *kept]
-    return (
-        f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)} {Path(sys.argv[0]).name} {' '.join(words)}"
-    )
+    processes = os.environ.get("LOCAL_WORLD_SIZE", 1)
+    return shlex.join([_torchrun(), f"--nproc-per-node={processes}", Path(sys.argv[0]).name, *words])
+
+
+def _torchrun() -> str:
+    """The torchrun of this Python, as one would type it here: it need not be on the shell's path."""
+    ours = Path(sys.executable).with_name("torchrun")
+    if not ours.exists():
+        return "torchrun"
+    return str(ours.relative_to(Path.cwd())) if ours.is_relative_to(Path.cwd()) else str(ours)
 
 
 def _announce_termination(rank: int, trainer: Trainer) -> None:
