@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, Toolbox
-from model.rope import rotate
+from model.rope import rotate, softmax_scale
 
 
 class AttentionContext:
@@ -46,6 +46,7 @@ class LatentAttention(nn.Module):
         self.key_value_down = Linear(c.hidden_size, c.key_value_rank + c.rope_dim, tools)
         self.key_value_norm = RMSNorm(c.key_value_rank, c.norm_eps, tools)
         self.key_value_up = Linear(c.key_value_rank, c.num_heads * (c.head_dim + c.value_dim), tools)
+        self.scale = softmax_scale(c)
         self.output = Linear(c.num_heads * c.value_dim, c.hidden_size, tools)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
@@ -63,12 +64,12 @@ class LatentAttention(nn.Module):
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin).expand(-1, -1, c.num_heads, -1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope), dim=-1)
-        out = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.mask_B1SS)
+        out = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.mask_B1SS, self.scale)
         return self.output(out.transpose(1, 2).reshape(B, S, c.num_heads * c.value_dim))
 
 
-def _attend(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, mask_B1SS: Tensor) -> Tensor:
+def _attend(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, mask_B1SS: Tensor, scale: float) -> Tensor:
     """Softmax attention. Torch's fused kernel wants values as wide as queries, so they are padded with zeros."""
     value_dim, query_dim = v_BHSV.shape[-1], q_BHSQ.shape[-1]
     v = F.pad(v_BHSV, (0, max(0, query_dim - value_dim)))
-    return F.scaled_dot_product_attention(q_BHSQ, k_BHSQ, v, attn_mask=mask_B1SS)[..., :value_dim]
+    return F.scaled_dot_product_attention(q_BHSQ, k_BHSQ, v, attn_mask=mask_B1SS, scale=scale)[..., :value_dim]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,13 @@ class ModelConfig:
     rope_dim: int = 16  # decoupled rotary part
     value_dim: int = 32
     rope_base: float = 10_000.0
+    # YaRN (4.3), which stretches a trained model to rope_factor times rope_original_length; 1 = off. See model/rope.py.
+    rope_factor: float = 1.0
+    rope_original_length: int = 4096
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_mscale: float = 1.0
+    rope_mscale_all_dim: float = 1.0
     # DeepSeekMoE (2.1.2)
     num_experts: int = 16
     experts_per_token: int = 4
@@ -49,6 +57,7 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={value} must be at least {least}")
         if self.rope_dim % 2:
             raise ValueError(f"model.rope_dim={self.rope_dim} must be even: rotary position turns pairs of channels")
+        self._check_yarn()
         if self.num_dense_layers > self.num_layers:
             raise ValueError(
                 f"model.num_dense_layers={self.num_dense_layers} exceeds model.num_layers={self.num_layers}"
@@ -67,6 +76,18 @@ class ModelConfig:
                 f"model.experts_per_token={self.experts_per_token}, but the {self.groups_per_token} groups that a "
                 f"token may use hold only {reachable} experts; raise model.groups_per_token"
             )
+
+    def _check_yarn(self) -> None:
+        if not 1 <= self.rope_factor < math.inf:
+            raise ValueError(f"model.rope_factor={self.rope_factor} must be at least 1 (1 = no YaRN)")
+        if not 0 < self.rope_beta_slow <= self.rope_beta_fast < math.inf:
+            raise ValueError(
+                f"model.rope_beta_slow={self.rope_beta_slow} and model.rope_beta_fast={self.rope_beta_fast} must be "
+                f"positive, slow at most fast"
+            )
+        for name in ("rope_mscale", "rope_mscale_all_dim"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be 0 or more")
 
 
 _MAY_BE_ZERO = frozenset({"num_dense_layers", "query_rank", "num_shared_experts", "mtp_depth"})

@@ -159,8 +159,7 @@ class ModelStage(nn.Module):
         out.compute("loss", names, ("out0",), lambda *terms: torch.stack(terms))
 
     def _attention_context(self, micro_batch: MicroBatch) -> AttentionContext:
-        c = self.config
-        cos, sin = rotation(micro_batch.positions_BS, c.rope_dim, c.rope_base, self.tools.precision.dtype)
+        cos, sin = rotation(micro_batch.positions_BS, self.config, self.tools.precision.dtype)
         return AttentionContext(micro_batch.documents_BS, cos, sin)
 
     def _losses(self, hidden_BSD: Tensor, micro_batch: MicroBatch, depth: int) -> tuple[Tensor, ...]:
