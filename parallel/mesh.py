@@ -122,7 +122,7 @@ class Mesh:
         """Make all groups. Collective: every process calls it with the same arguments.
 
         mirrors         the PP ranks that hold the same stages, e.g. [[0, 3], [1, 2]] for DualPipe on 4
-        embedding       the PP ranks that hold the embedding, e.g. [0, 3] for 1F1B on 4 with MTP; () is the first stage's
+        embedding       the PP ranks that hold the embedding, e.g. [0, 3] for 1F1B on 4 with MTP; () = stage 0's
         ranks_per_node  asks for expert groups inside and across nodes, for a dispatch that uses them
         """
         if layout.world == 1:
