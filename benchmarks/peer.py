@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-import dualpipe.stage as stage_types
+from dualpipe.schedules import make_schedule
 from dualpipe.wgrad import WeightGradQueue
 from model.config import ModelConfig
 from model.hf import entries, to_hf_config
-from model.init import initialise
-from model.layers import Toolbox
 from model.names import named_tensors
 from model.precision import make_precision
-from model.stage import ModelStage, StageShape
-from parallel.dispatch import AllToAllDispatcher
+from model.stage import ModelStage
+from parallel.build import BuildOptions, build_stages
+from parallel.mesh import Layout, Mesh
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -26,12 +25,10 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 def our_model(config: ModelConfig, precision: str, seed: int = 0) -> ModelStage:
     """The whole model in this process, as one stage, with its initial weights."""
     seam, dtype = make_precision(precision)
-    dispatcher = AllToAllDispatcher(None, config.num_experts)
-    tools = Toolbox(seam, WeightGradQueue(), dispatcher, dtype)
-    shape = StageShape(range(config.num_layers), range(config.num_experts), is_first=True, is_last=True)
-    model = ModelStage(config, shape, tools, stage_types)
-    initialise(model, seed, config.init_std)
-    return model
+    mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
+    options = BuildOptions(seed=seed, param_dtype=dtype)
+    schedule = make_schedule("one_f_one_b", 1, 1)
+    return build_stages(config, schedule, mesh, seam, options, WeightGradQueue())[0]
 
 
 def peer_model(
