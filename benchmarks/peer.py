@@ -10,25 +10,24 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dualpipe.schedules import make_schedule
-from dualpipe.wgrad import WeightGradQueue
 from model.config import ModelConfig
 from model.hf import entries, to_hf_config
 from model.names import named_tensors
 from model.precision import make_precision
 from model.stage import ModelStage
-from parallel.build import BuildOptions, build_stages
+from parallel.build import BuildOptions, Replica, build_replica
 from parallel.mesh import Layout, Mesh
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
-def our_model(config: ModelConfig, precision: str, seed: int = 0) -> ModelStage:
-    """The whole model in this process, as one stage, with its initial weights."""
+def our_model(config: ModelConfig, precision: str, seed: int = 0) -> Replica:
+    """The whole model in this process, as one stage under 1F1B with one micro-batch, with its initial weights."""
     seam, dtype = make_precision(precision)
     mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
     options = BuildOptions(seed=seed, param_dtype=dtype)
     schedule = make_schedule("one_f_one_b", 1, 1)
-    return build_stages(config, schedule, mesh, seam, options, WeightGradQueue())[0]
+    return build_replica(config, schedule, mesh, seam, options)
 
 
 def peer_model(

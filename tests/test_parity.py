@@ -19,12 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.peer import gradients_of, our_model, peer_model, peer_tensors, weights_of
-from dualpipe.chunk import Chunk
-from dualpipe.overlap import backward_order, forward_order, run_piece
 from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.hf import from_hf_config, to_hf_config
-from model.stage import ModelStage
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -93,25 +90,13 @@ def random_batch(config: ModelConfig, seed: int) -> MicroBatch:
     return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), zeros, positions, 1 / 26)
 
 
-@torch.no_grad()
-def run(model: ModelStage, mb: MicroBatch) -> float:
-    """Forward and backward of one micro-batch; returns the loss."""
-    chunk = Chunk((0, 0), model.segments(mb), (), model.tools.queue)
-    for piece in forward_order(chunk.segments):
-        run_piece(chunk, piece)
-    (loss,) = chunk.outputs()
-    chunk.seed((torch.ones_like(loss),))
-    for piece in backward_order(chunk.segments):
-        run_piece(chunk, piece)
-    return loss.sum().item()
-
-
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm().detach() / theirs.norm().detach().clamp(min=1e-30))
 
 
 def compare(config: ModelConfig, seed: int, precision: str) -> None:
-    model = our_model(config, precision, seed)
+    replica = our_model(config, precision, seed)
+    model = replica.stages[0]
     generator = torch.Generator().manual_seed(seed)
     for router in model.routers():
         router.bias_E.copy_(0.3 * torch.randn(config.num_experts, generator=generator))
@@ -122,7 +107,8 @@ def compare(config: ModelConfig, seed: int, precision: str) -> None:
         loss = torch.nn.functional.cross_entropy(theirs.logits.flatten(0, 1), mb.targets_BS.flatten())
         loss.backward()
     assert relative(model.logits(mb), theirs.logits) <= TOLERANCE[precision]
-    assert abs(run(model, mb) - loss.item()) <= TOLERANCE[precision] * loss.item()
+    our_loss = replica.pipeline.step([mb])[0].sum().item()
+    assert abs(our_loss - loss.item()) <= TOLERANCE[precision] * loss.item()
     ours = peer_tensors(config, gradients_of(model))
     whole = float(torch.stack([p.grad.square().sum() for p in peer.parameters() if p.grad is not None]).sum().sqrt())
     for name, parameter in peer.named_parameters():
