@@ -1,7 +1,11 @@
 """Who works with whom: PP × DP ranks, with expert parallelism inside DP.
 
-    global rank = pp · DP + dp            EP groups are runs of EP neighbours in dp, so
-    dp          = block · EP + ep         expert e lives on ep = e // (experts / EP)
+    dp = block · EP + ep         EP groups are runs of EP neighbours in dp; expert e lives on ep = e // (experts / EP)
+
+Launchers number ranks node by node, so the order of the global ranks decides what crosses nodes:
+
+    pp_across_nodes   rank = pp · DP + dp     data-parallel (so EP) neighbours share a node, pipelines cross nodes
+    ep_across_nodes   rank = dp · PP + pp     a pipeline stays in a node, EP groups cross nodes
 
 Under a bidirectional schedule a stage lives on two PP ranks, its *mirrors*; under others on one. Copies of a
 parameter are kept on
@@ -22,19 +26,24 @@ import torch.distributed as dist
 from dualpipe.p2p import Links
 from parallel.expert_groups import ExpertGroups, create_expert_groups
 
+PP_ACROSS_NODES, EP_ACROSS_NODES = ORDERS = ("pp_across_nodes", "ep_across_nodes")
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh. Raises ValueError, naming the override, if they do not fit the world."""
+    """Sizes of the mesh and the order of its ranks. Raises ValueError, naming the override, if they do not fit."""
 
     world: int
     pp: int
     ep: int
+    order: str = PP_ACROSS_NODES
 
     def __post_init__(self) -> None:
         for name in ("pp", "ep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        if self.order not in ORDERS:
+            raise ValueError(f"parallel.order={self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
         if self.world % self.pp:
             raise ValueError(
                 f"{self.world} processes cannot be divided into pipelines of parallel.pp={self.pp}; start a "
@@ -50,17 +59,25 @@ class Layout:
     def dp(self) -> int:
         return self.world // self.pp
 
+    @property
+    def pp_outermost(self) -> bool:
+        return self.order == PP_ACROSS_NODES
+
     def rank(self, pp: int, dp: int) -> int:
-        return pp * self.dp + dp
+        return pp * self.dp + dp if self.pp_outermost else dp * self.pp + pp
 
     def pp_of(self, rank: int) -> int:
-        return rank // self.dp
+        return rank // self.dp if self.pp_outermost else rank % self.pp
 
     def dp_of(self, rank: int) -> int:
-        return rank % self.dp
+        return rank % self.dp if self.pp_outermost else rank // self.pp
 
     def ep_of(self, rank: int) -> int:
-        return rank % self.dp % self.ep
+        return self.dp_of(rank) % self.ep
+
+    def dp_per_node(self, ranks_per_node: int) -> int:
+        """How many data-parallel neighbours of one PP rank share a node."""
+        return ranks_per_node if self.pp_outermost else max(1, ranks_per_node // self.pp)
 
     def pipelines(self) -> list[list[int]]:
         """The global ranks of each pipeline, in PP order."""
@@ -68,14 +85,15 @@ class Layout:
 
     def expert_groups(self) -> list[list[int]]:
         """The ranks between which tokens are dispatched, in order of their experts."""
-        starts = range(0, self.world, self.ep)
-        return [list(range(start, start + self.ep)) for start in starts]
+        return [
+            [self.rank(pp, dp) for dp in range(start, start + self.ep)]
+            for pp in range(self.pp)
+            for start in range(0, self.dp, self.ep)
+        ]
 
     def replicas(self, pp_ranks: Sequence[int], ep: int | None = None) -> list[int]:
         """The ranks that hold a copy of what the PP ranks hold: all of it, or the experts at position `ep`."""
-        return [
-            self.rank(pp, dp) for pp in sorted(pp_ranks) for dp in range(self.dp) if ep is None or dp % self.ep == ep
-        ]
+        return sorted(self.rank(pp, dp) for pp in pp_ranks for dp in range(self.dp) if ep is None or dp % self.ep == ep)
 
 
 @dataclass(frozen=True)
@@ -128,13 +146,14 @@ class Mesh:
         if layout.world == 1:
             return Mesh(layout, 0, None, None, None, None, None)
         rank = dist.get_rank()
+        neighbours = layout.dp_per_node(ranks_per_node) if ranks_per_node else None
         dense_groups = [layout.replicas(pps) for pps in mirrors]
         expert_copies = [layout.replicas(pps, ep) for pps in mirrors for ep in range(layout.ep)]
         is_tied = bool(embedding) and sorted(embedding) not in [sorted(pps) for pps in mirrors]
         return Mesh(
             layout=layout,
             rank=rank,
-            expert=create_expert_groups(layout.expert_groups(), timeout, ranks_per_node),
+            expert=create_expert_groups(layout.expert_groups(), timeout, neighbours),
             dense=_my_group(dense_groups, rank, timeout),
             experts=_my_group(expert_copies, rank, timeout),
             links=Links.create(layout.pipelines(), timeout) if layout.pp > 1 else None,

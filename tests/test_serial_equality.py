@@ -21,7 +21,7 @@ from model.names import named_tensors
 from model.precision import CastPrecision
 from parallel.build import BuildOptions, build_replica
 from parallel.grads import embedding_holders, mirrors
-from parallel.mesh import Layout, Mesh
+from parallel.mesh import EP_ACROSS_NODES, PP_ACROSS_NODES, Layout, Mesh
 from tests.oracle import Oracle
 from tests.spawn import run_ranks
 from training.optimizer import OptimConfig, make_optimizer
@@ -45,6 +45,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     steps: int = 3
     layers: tuple[int, ...] | None = None
+    order: str = PP_ACROSS_NODES
     config: ModelConfig = field(default_factory=lambda: CONFIG)
     loss: LossConfig = field(default_factory=LossConfig)
 
@@ -115,7 +116,7 @@ def train_oracle(case: Case) -> list[OracleStep]:
 
 def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> None:
     """Train one layout and compare what this rank holds with the oracle after every step."""
-    layout = Layout(world, case.pp, case.ep)
+    layout = Layout(world, case.pp, case.ep, case.order)
     schedule = make_schedule(case.schedule, case.pp, GLOBAL_MICRO_BATCHES // layout.dp)
     holders = embedding_holders(schedule, case.config)
     mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60), holders)
@@ -204,7 +205,8 @@ CASES = {
     ],
     4: [Case(4), Case(4, schedule="one_f_one_b"), Case(4, layers=(2, 1, 1, 1))]
     + [Case(2, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")],
-    8: [Case(4, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")] + [Case(2, ep=4), Case(1, ep=8)],
+    8: [Case(4, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")]
+    + [Case(2, ep=4), Case(2, ep=2, order=EP_ACROSS_NODES), Case(1, ep=8)],
 }
 
 

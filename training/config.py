@@ -30,6 +30,7 @@ class DataConfig:
 class ParallelConfig:
     pp: int = 2  # pipeline ranks
     ep: int = 1  # ranks that share a layer's routed experts; divides the data-parallel ranks
+    order: str = "pp_across_nodes"  # pp_across_nodes | ep_across_nodes: which of the two may leave a node
     layers_per_stage: list[int] = field(default_factory=list)  # [] = equal
     overlap: str = "auto"  # on | off | auto (= on): interleave the two chunks of a pair
 

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from parallel.rank_table import crossing, rank_table
 from training.checkpoint import CheckpointError, checkpoint_path
 from training.config import Config
 from training.curve import draw_curve
@@ -38,6 +39,8 @@ def run(config: Config) -> int:
         return BAD_CONFIG
     trainer: Trainer | None = None
     try:
+        if rank == 0:
+            _announce_ranks(job)
         trainer = Trainer(job, join_process_group(job))
         _announce_termination(rank, trainer)
         val_loss = trainer.fit()
@@ -48,6 +51,17 @@ def run(config: Config) -> int:
         where = f"in step {trainer.step + 1}" if trainer is not None else "while starting"
         _die(f"[rank {rank}] failed {where}:\n{traceback.format_exc()}", job)
     return 0
+
+
+def _announce_ranks(job: Job) -> None:
+    """Where the ranks sit, and a warning if that is a slow place for them."""
+    if job.layout.world == 1:
+        return
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.layout.world))
+    print(rank_table(job.layout, job.schedule, ranks_per_node), flush=True)
+    warning = crossing(job.layout, ranks_per_node).warning
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _report(job: Job, trainer: Trainer, val_loss: float) -> None:

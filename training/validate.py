@@ -33,7 +33,8 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     _check_numbers(config)
     _check_choices(config)
     make_precision(config.precision.name)
-    layout = Layout(world, config.parallel.pp, config.parallel.ep)  # before the schedule: a huge PP ends here
+    parallel = config.parallel
+    layout = Layout(world, parallel.pp, parallel.ep, parallel.order)  # before the schedule: a huge PP ends here
     schedule = _schedule(config)
     if config.model.num_experts % config.parallel.ep:
         raise ValueError(
