@@ -9,15 +9,19 @@ Everything is derived from the schedule before the first step:
 - A send needs its buffer until the receiver has the data. Nobody should wait for that, and nobody has to: when a
   message arrives that could only be sent after ours was used, ours is over. Vector clocks over the schedule say
   after which of our steps that is so; what is left is waited for at the end.
+
+Nobody waits for a W and a W waits for no message, so the plan hangs on the other steps only: the runtime may move
+a W (`fill.py`) without a new plan.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dualpipe.schedule import Action, Kind, Schedule, Step, parts
+from dualpipe.schedule import Action, Kind, Pair, Schedule, Step, parts
 from dualpipe.validate import dependencies
 
 
@@ -43,11 +47,17 @@ class Message:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Per step of one rank: messages needed before it, receives posted before it, sends known to be over before it."""
+    """One rank's messages.
 
-    needs: tuple[tuple[Message, ...], ...]
-    posts: tuple[tuple[Message, ...], ...]
-    releases: tuple[tuple[Message, ...], ...]
+    incoming, outgoing   what an action waits for and what its result goes out with; absent: it stays on the rank
+    posts[step]          receives to post before a step
+    releases[step]       sends that are surely over once the step has received what it needs
+    """
+
+    incoming: Mapping[Action, Message]
+    outgoing: Mapping[Action, Message]
+    posts: Mapping[Step, tuple[Message, ...]]
+    releases: Mapping[Step, tuple[Message, ...]]
 
 
 def incoming(schedule: Schedule, action: Action) -> Message | None:
@@ -78,32 +88,41 @@ def outgoing(schedule: Schedule, action: Action) -> Message | None:
 
 def plan_messages(schedule: Schedule, rank: int, look_ahead: int = 3) -> RankPlan:
     """Derive one rank's plan from a valid schedule."""
-    steps = schedule.steps[rank]
-    needs = tuple(tuple(m for a in parts(step) if (m := incoming(schedule, a)) is not None) for step in steps)
-    return RankPlan(needs, _posts(schedule, rank, needs, look_ahead), _releases(schedule, rank))
+    actions = tuple(schedule.actions(rank))
+    return RankPlan(
+        incoming={a: m for a in actions if (m := incoming(schedule, a)) is not None},
+        outgoing={a: m for a in actions if (m := outgoing(schedule, a)) is not None},
+        posts=_posts(schedule, rank, look_ahead),
+        releases=_releases(schedule, rank),
+    )
 
 
-def _posts(
-    schedule: Schedule, rank: int, needs: tuple[tuple[Message, ...], ...], look_ahead: int
-) -> tuple[tuple[Message, ...], ...]:
+def _waits_for_nobody(step: Step) -> bool:
+    return isinstance(step, Action) and step.kind is Kind.W
+
+
+def _posts(schedule: Schedule, rank: int, look_ahead: int) -> dict[Step, tuple[Message, ...]]:
     channels: dict[tuple[int, Cargo], list[Message]] = defaultdict(list)
     for source in range(schedule.num_ranks):
         for action in schedule.actions(source):
             message = outgoing(schedule, action)
             if message is not None and message.destination == rank:
                 channels[source, message.cargo].append(message)
-    result = []
-    for index in range(len(needs)):
+    row = [step for step in schedule.steps[rank] if not _waits_for_nobody(step)]
+    needs = [[m for a in parts(step) if (m := incoming(schedule, a)) is not None] for step in row]
+    result: dict[Step, tuple[Message, ...]] = {}
+    for index, step in enumerate(row):
         posted: list[Message] = []
-        for wanted in (m for row in needs[index : index + look_ahead + 1] for m in row):
+        for wanted in (m for some in needs[index : index + look_ahead + 1] for m in some):
             channel = channels[wanted.source, wanted.cargo]
             while wanted in channel:  # those before it in the channel come along
                 posted.append(channel.pop(0))
-        result.append(tuple(posted))
-    return tuple(result)
+        if posted:
+            result[step] = tuple(posted)
+    return result
 
 
-def _releases(schedule: Schedule, rank: int) -> tuple[tuple[Message, ...], ...]:
+def _releases(schedule: Schedule, rank: int) -> dict[Step, tuple[Message, ...]]:
     clocks = vector_clocks(schedule)
     where = {a: (r, k) for r, row in enumerate(schedule.steps) for k, step in enumerate(row) for a in parts(step)}
     used: dict[Message, tuple[int, int]] = {}
@@ -112,17 +131,24 @@ def _releases(schedule: Schedule, rank: int) -> tuple[tuple[Message, ...], ...]:
         if message is not None and message.source == rank:
             used[message] = place
     open_sends: list[Message] = []
-    result = []
+    result: dict[Step, tuple[Message, ...]] = {}
     for index, step in enumerate(schedule.steps[rank]):
-        over = [m for m in open_sends if clocks[rank][index][used[m][0]] >= used[m][1]]
-        open_sends = [m for m in open_sends if m not in over]
+        if _waits_for_nobody(step):
+            continue
+        over = tuple(m for m in open_sends if clocks[rank][index][used[m][0]] >= used[m][1])
+        if over:
+            result[step] = over
+            open_sends = [m for m in open_sends if m not in over]
         open_sends += [m for a in parts(step) if (m := outgoing(schedule, a)) is not None]
-        result.append(tuple(over))
-    return tuple(result)
+    return result
 
 
 def vector_clocks(schedule: Schedule) -> list[list[list[int]]]:
-    """clocks[rank][step][other] = the last step of `other` that is surely over when (rank, step) starts; -1 if none."""
+    """clocks[rank][step][other] = the last step of `other` that is surely over when (rank, step) has its inputs.
+
+    −1 stands for none. The result of a pair's one half may come before the other half has its input, so it proves
+    only what stands before the pair.
+    """
     ranks = range(schedule.num_ranks)
     where: dict[Action, tuple[int, int]] = {}
     clocks: list[list[list[int]]] = [[] for _ in ranks]
@@ -138,9 +164,10 @@ def vector_clocks(schedule: Schedule) -> list[list[list[int]]]:
                     break
                 clock = list(clocks[rank][-1]) if index else [-1] * len(ranks)
                 for other, step in sources:
-                    if other != rank:
-                        clock = [max(a, b) for a, b in zip(clock, clocks[other][step], strict=True)]
-                        clock[other] = max(clock[other], step)
+                    proven = step - isinstance(schedule.steps[other][step], Pair)
+                    if other != rank and proven >= 0:
+                        clock = [max(a, b) for a, b in zip(clock, clocks[other][proven], strict=True)]
+                        clock[other] = max(clock[other], proven)
                 clock[rank] = index - 1
                 clocks[rank].append(clock)
                 where.update(dict.fromkeys(parts(row[index]), (rank, index)))

@@ -10,15 +10,16 @@ order of the sends (`messages.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe.buffers import BufferPool
 from dualpipe.messages import Cargo, Message
 from dualpipe.stage import TensorSpec
 
@@ -31,11 +32,39 @@ class PeerLostError(RuntimeError):
     """A peer died or did not answer in time; the message says which one and what was expected of it."""
 
 
+class Transport(Protocol):
+    """What the runtime asks of messages: `P2P`, or something around it that emulates a link."""
+
+    def post(self, message: Message, specs: Sequence[TensorSpec]) -> None:
+        """Make ready to receive a message."""
+        ...
+
+    def receive(self, message: Message) -> tuple[Tensor, ...]:
+        """Wait for a message that was posted."""
+        ...
+
+    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        """Start sending; the tensors are kept until `release` or `finish`."""
+        ...
+
+    def release(self, message: Message) -> None:
+        """Complete a send that is known to be over, and drop its tensors."""
+        ...
+
+    def finish(self) -> None:
+        """Complete all sends."""
+        ...
+
+    def abandon(self) -> None:
+        """Forget everything under way, after a failure."""
+        ...
+
+
 @dataclass(frozen=True)
 class Links:
     """The process groups that the messages of one pipeline use, and the global rank of each PP rank."""
 
-    groups: Mapping[Channel, dist.ProcessGroup | None]
+    groups: Mapping[Channel, dist.ProcessGroup]
     global_ranks: tuple[int, ...]
 
     @staticmethod
@@ -62,63 +91,76 @@ class Links:
         return mine
 
 
+Parts = list[tuple[Tensor, Any]]  # the tensors of a message, each with the operation that moves it
+
+
 class P2P:
-    """Posts and completes the messages of one pipeline rank."""
+    """Posts and completes the messages of one pipeline rank. A `Transport`.
+
+    Calls the process group itself: `dist.isend` and `dist.irecv` look the same things up again for every message.
+    """
 
     def __init__(self, links: Links, device: torch.device, timeout: timedelta) -> None:
         self._links = links
-        self._device = device
         self._timeout = timeout
-        self._receives: dict[Message, list[tuple[Tensor, Any]]] = {}
-        self._sends: dict[Message, list[tuple[Tensor, Any]]] = {}
+        self._pool = BufferPool(device)
+        self._receives: dict[Message, Parts] = {}
+        self._sends: dict[Message, Parts] = {}
+        self._peers = {
+            channel: [dist.get_group_rank(group, rank) for rank in links.global_ranks]
+            for channel, group in links.groups.items()
+        }
 
     def post(self, message: Message, specs: Sequence[TensorSpec]) -> None:
-        """Post the receive of a message."""
-        buffers = [torch.empty(s.shape, dtype=s.dtype, device=self._device) for s in specs]
-        peer = self._links.global_ranks[message.source]
-        self._receives[message] = self._start(dist.irecv, message, buffers, peer)
+        channel, tag = _address(message, len(specs))
+        group, peer = self._links.groups[channel], self._peers[channel][message.source]
+        buffers = [self._pool.take(spec) for spec in specs]
+        try:
+            self._receives[message] = [(b, group.recv([b], peer, tag + i)) for i, b in enumerate(buffers)]
+        except RuntimeError as error:
+            raise self._lost(message, message.source, error) from error
 
     def receive(self, message: Message) -> tuple[Tensor, ...]:
-        """Wait for a posted message."""
-        return tuple(self._complete(message, self._receives.pop(message), message.source))
+        received = self._receives.pop(message)
+        self._complete(message, received, message.source)
+        return tuple(tensor for tensor, _ in received)
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        """Start sending; the tensors are kept until `release` or `finish`."""
+        channel, tag = _address(message, len(tensors))
+        group, peer = self._links.groups[channel], self._peers[channel][message.destination]
         buffers = [t.detach().contiguous() for t in tensors]
-        peer = self._links.global_ranks[message.destination]
-        self._sends[message] = self._start(dist.isend, message, buffers, peer)
+        try:
+            self._sends[message] = [(b, group.send([b], peer, tag + i)) for i, b in enumerate(buffers)]
+        except RuntimeError as error:
+            raise self._lost(message, message.destination, error) from error
 
     def release(self, message: Message) -> None:
-        """Complete a send that the plan knows to be over, and drop its tensors."""
         self._complete(message, self._sends.pop(message), message.destination)
 
     def finish(self) -> None:
-        """Complete all sends."""
         for message in tuple(self._sends):
             self.release(message)
 
     def abandon(self) -> None:
-        """Forget everything under way, after a failure."""
         self._receives.clear()
         self._sends.clear()
+        self._pool.clear()
 
-    def _start(
-        self, operation: Callable[..., Any], message: Message, buffers: list[Tensor], peer: int
-    ) -> list[tuple[Tensor, Any]]:
-        if len(buffers) > MAX_TENSORS:
-            raise ValueError(f"{message} has {len(buffers)} tensors; at most {MAX_TENSORS} fit in a message")
-        group = self._links.groups[message.destination > message.source, message.cargo]
-        base = (message.micro_batch * 4096 + message.stage) * 2 + (message.cargo is Cargo.GRADIENT)
-        try:
-            return [(b, operation(b, peer, group=group, tag=base * MAX_TENSORS + i)) for i, b in enumerate(buffers)]
-        except RuntimeError as error:
-            raise PeerLostError(f"cannot reach rank {peer}: {message}: {error}") from error
-
-    def _complete(self, message: Message, parts: list[tuple[Tensor, Any]], pp_rank: int) -> list[Tensor]:
+    def _complete(self, message: Message, parts: Parts, pp_rank: int) -> None:
         try:
             for _, work in parts:
                 work.wait(self._timeout)
         except RuntimeError as error:
-            peer = self._links.global_ranks[pp_rank]
-            raise PeerLostError(f"lost rank {peer} (PP rank {pp_rank}): {message}: {error}") from error
-        return [tensor for tensor, _ in parts]
+            raise self._lost(message, pp_rank, error) from error
+
+    def _lost(self, message: Message, pp_rank: int, error: RuntimeError) -> PeerLostError:
+        peer = self._links.global_ranks[pp_rank]
+        return PeerLostError(f"lost rank {peer} (PP rank {pp_rank}): {message}: {error}")
+
+
+def _address(message: Message, num_tensors: int) -> tuple[Channel, int]:
+    """The channel of a message, and the tag of its first tensor."""
+    if num_tensors > MAX_TENSORS:
+        raise ValueError(f"{message} has {num_tensors} tensors; at most {MAX_TENSORS} fit in a message")
+    base = (message.micro_batch * 4096 + message.stage) * 2 + (message.cargo is Cargo.GRADIENT)
+    return (message.destination > message.source, message.cargo), base * MAX_TENSORS

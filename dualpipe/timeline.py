@@ -21,6 +21,7 @@ from dualpipe.schedule import Kind, Step, parse_step, parts
 
 COMPUTE = "compute"
 MESSAGES = "messages"
+WAITS = "waits"  # for a message, as measured
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 
 import dualpipe.stage as stage_types
-from dualpipe.runtime import Pipeline
+from dualpipe.runtime import Runtime
 from dualpipe.schedule import Schedule
 from dualpipe.wgrad import WeightGradQueue
 from model.config import ModelConfig, split_layers
@@ -26,7 +26,7 @@ class Replica:
     """What one rank trains: stages by number, the pipeline that runs them, their gradients, the precision."""
 
     stages: dict[int, ModelStage]
-    pipeline: Pipeline
+    pipeline: Runtime
     buffers: list[GradBuffer]
     precision: Precision
     mesh: Mesh
@@ -52,7 +52,7 @@ def build_replica(
     """Build this rank's part of the model with its initial weights. Raises ValueError if the sizes do not fit."""
     queue = WeightGradQueue()
     stages = build_stages(config, schedule, mesh, precision, options, queue)
-    pipeline = Pipeline(
+    pipeline = Runtime(
         stages,
         schedule,
         mesh.pp,

@@ -1,0 +1,246 @@
+"""What the pipeline's runtime costs: measured makespan ÷ the schedule's own, beside torch.distributed.pipelining.
+
+    .venv/bin/python -m benchmarks.schedule_runtime [--ranks 2 4 8] [--steps 7] [--delay 0.002]
+
+An emulated device makes the overhead visible on two cores: a stage's F, I and W are timed sleeps (10 ms each; a pair
+takes F + B), so ranks do not compete for the processor, while autograd, messages (real ones, over gloo) and all of the
+runtime's own work are real. Both runtimes run the same autograd function, in the same processes, in turns. PyTorch's
+stages get W through its own `dw_builder`, so it too pays no second walk of the graph.
+
+A sleep lasts longer than asked for. How much is measured first, with all ranks sleeping at once and nothing else, and
+the theoretical makespan is that of a sleep as it is. PyTorch's makespan is held against its own order of actions.
+
+The second table adds a delay to every message inside the emulated link, and compares with the simulator's prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+
+from benchmarks.report import Row, publish
+from dualpipe.costs import Costs
+from dualpipe.csvio import read_csv
+from dualpipe.messages import Message
+from dualpipe.p2p import P2P, Links
+from dualpipe.runtime import Runtime
+from dualpipe.schedule import Schedule
+from dualpipe.schedules import make_schedule
+from dualpipe.simulator import simulate
+from dualpipe.stage import Segment, TensorSpec, compute
+from dualpipe.wgrad import WeightGradQueue
+from tests.spawn import run_ranks
+
+SCHEDULES = ("dualpipe", "dualpipev", "one_f_one_b", "zbv")
+PYTORCH = {"dualpipev": ScheduleDualPipeV, "one_f_one_b": Schedule1F1B, "zbv": ScheduleZBVZeroBubble}
+SHAPE = (1, 4096)
+TIMEOUT = timedelta(seconds=60)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: F, I and W each last `unit` seconds, a message `delay` longer than it takes."""
+
+    schedules: tuple[str, ...]
+    micro_batches: int
+    unit: float
+    steps: int
+    delay: float
+
+
+class Sleep(torch.autograd.Function):
+    """A stage's work: F in forward, I in backward, which puts W aside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, unit: float, defer: Callable[[Callable[[], None]], None]
+    ) -> Tensor:
+        time.sleep(unit)
+        ctx.unit, ctx.defer = unit, defer
+        return x + 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        time.sleep(ctx.unit)
+        ctx.defer(partial(time.sleep, ctx.unit))
+        return grad, None, None, None
+
+
+class EmulatedStage:
+    """For our runtime: one segment."""
+
+    def __init__(self, unit: float, queue: WeightGradQueue, is_first: bool, is_last: bool) -> None:
+        self.spec = (TensorSpec(SHAPE, torch.float32),)
+        self.unit, self.queue, self.is_first, self.is_last = unit, queue, is_first, is_last
+        self.weight = torch.ones(1, requires_grad=True)
+
+    def input_spec(self, micro_batch: Tensor) -> tuple[TensorSpec, ...]:
+        return () if self.is_first else self.spec
+
+    def output_spec(self, micro_batch: Tensor) -> tuple[TensorSpec, ...]:
+        return () if self.is_last else self.spec
+
+    def segments(self, micro_batch: Tensor) -> Sequence[Segment]:
+        def run(*received: Tensor) -> Tensor:
+            out = Sleep.apply(received[0] if received else micro_batch, self.weight, self.unit, self.queue.put)
+            return out.mean() if self.is_last else out
+
+        return (compute("sleep", () if self.is_first else ("in0",), ("out0",), run),)
+
+
+class EmulatedModule(nn.Module):
+    """For PyTorch's runtime: the same work; `take` hands W over to its stage."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = unit
+        self.weight = nn.Parameter(torch.ones(1))
+        self._last: Callable[[], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Sleep.apply(x, self.weight, self.unit, self._keep)
+
+    def _keep(self, work: Callable[[], None]) -> None:
+        self._last = work
+
+    def take(self) -> Callable[[], None]:
+        assert self._last is not None
+        return self._last
+
+
+class DelayedLink(P2P):
+    """A link on which a message arrives `delay` seconds after it was sent: it carries the time of its sending."""
+
+    STAMP = TensorSpec((1,), torch.float64)
+
+    def __init__(self, links: Links, delay: float) -> None:
+        super().__init__(links, torch.device("cpu"), TIMEOUT)
+        self.delay = delay
+
+    def post(self, message: Message, specs: Sequence[TensorSpec]) -> None:
+        super().post(message, (*specs, self.STAMP))
+
+    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        super().send(message, (*tensors, torch.tensor([time.perf_counter()], dtype=torch.float64)))
+
+    def receive(self, message: Message) -> tuple[Tensor, ...]:
+        *tensors, sent = super().receive(message)
+        time.sleep(max(0.0, float(sent) + self.delay - time.perf_counter()))
+        return tuple(tensors)
+
+
+Timed = tuple[float, float]
+
+
+def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
+    """One rank of all runs. Returns the length of a sleep, per run the (start, end) of each step, PyTorch's orders."""
+    links = Links.create([range(world)], TIMEOUT)
+    dist.barrier()
+    sleeps = []
+    for _ in range(60):
+        start = time.perf_counter()
+        time.sleep(plan.unit)
+        sleeps.append(time.perf_counter() - start)
+    result: dict[str, Any] = {"sleep": statistics.fmean(sleeps), "times": {}, "orders": {}}
+    for name in plan.schedules:
+        schedule = make_schedule(name, world, plan.micro_batches)
+        runs = {("ours", name): our_step(schedule, rank, links, plan, 0.0)}
+        if name in PYTORCH:
+            runs["pytorch", name], result["orders"][name] = pytorch_step(name, rank, world, plan)
+        if plan.delay:
+            runs["delayed", name] = our_step(schedule, rank, links, plan, plan.delay)
+        for key, step in runs.items():
+            step()
+            result["times"][key] = []
+        for _ in range(plan.steps):
+            for key, step in runs.items():
+                result["times"][key].append(timed(step))
+    return result
+
+
+def timed(step: Callable[[], object]) -> Timed:
+    dist.barrier()
+    start = time.perf_counter()
+    step()
+    return start, time.perf_counter()
+
+
+def our_step(schedule: Schedule, rank: int, links: Links, plan: Plan, delay: float) -> Callable[[], object]:
+    queue = WeightGradQueue()
+    last = schedule.num_stages - 1
+    stages = {s: EmulatedStage(plan.unit, queue, s == 0, s == last) for s in schedule.stages_of(rank)}
+    transport = DelayedLink(links, delay) if delay else None
+    runtime = Runtime(stages, schedule, rank, links, queue, timeout=TIMEOUT, transport=transport)
+    return partial(runtime.step, [torch.zeros(SHAPE) for _ in range(plan.micro_batches)])
+
+
+def pytorch_step(name: str, rank: int, world: int, plan: Plan) -> tuple[Callable[[], object], str]:
+    """A step of PyTorch's schedule on the same stages, and its order of actions as CSV."""
+    last = 2 * world - 1 if name != "one_f_one_b" else world - 1
+    numbers = [rank] if name == "one_f_one_b" else [rank, last - rank]
+    modules = [EmulatedModule(plan.unit) for _ in numbers]
+    device = torch.device("cpu")
+    stages = [PipelineStage(m, s, last + 1, device, dw_builder=m.take) for m, s in zip(modules, numbers, strict=True)]
+    single = name == "one_f_one_b"
+    schedule = PYTORCH[name](stages[0] if single else stages, plan.micro_batches, loss_fn=lambda out, _: out.mean())
+    x = torch.zeros(plan.micro_batches * SHAPE[0], *SHAPE[1:])
+    args = (x,) if 0 in numbers else ()
+    kwargs: dict[str, Any] = {"target": x, "losses": []} if last in numbers else {}
+    order = ""
+    if not single:
+        rows = schedule.pipeline_order
+        order = "\n".join(",".join("" if a is None else str(a) for a in rows[r]) for r in range(world))
+    return partial(schedule.step, *args, **kwargs), order
+
+
+def evaluate(world: int, plan: Plan) -> list[Row]:
+    """Run all of it on `world` ranks, print what was measured, return the rows to publish."""
+    results = run_ranks(world, measure, plan, timeout=900)
+    sleep = statistics.fmean(r["sleep"] for r in results)
+    print(f"{world} ranks: a sleep of {1e3 * plan.unit:g} ms lasts {1e3 * sleep:.3f} ms")
+    rows = []
+    for (who, name), times in results[0]["times"].items():
+        columns = [r["times"][who, name] for r in results]
+        spans = [max(c[i][1] for c in columns) - min(c[i][0] for c in columns) for i in range(len(times))]
+        schedule = make_schedule(name, world, plan.micro_batches)
+        if who == "pytorch" and results[0]["orders"][name]:
+            schedule = read_csv(results[0]["orders"][name])
+        lengths = (sleep,) * schedule.num_stages
+        costs = Costs(lengths, lengths, lengths)
+        if who == "delayed":
+            costs = replace(costs, latency=plan.delay)
+        label = {"ours": name, "pytorch": f"PyTorch's {PYTORCH.get(name, int).__name__}", "delayed": name}[who]
+        case = f"{label}, {world} ranks" + (f", messages {1e3 * plan.delay:g} ms late" if who == "delayed" else "")
+        theory = simulate(schedule, costs).makespan
+        rows.append(Row(case, "s/step", statistics.median(spans), "simulated", theory))
+        print(f"  {case:44} {' '.join(f'{s / theory:.3f}' for s in sorted(spans))}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES)
+    parser.add_argument("--micro-batches", type=int, default=20)
+    parser.add_argument("--unit", type=float, default=0.010, help="seconds of F, of I and of W")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--delay", type=float, default=0.002, help="seconds; 0 leaves the second table out")
+    options = parser.parse_args()
+    plan = Plan(tuple(options.schedules), options.micro_batches, options.unit, options.steps, options.delay)
+    rows = [row for world in options.ranks for row in evaluate(world, plan)]
+    publish("schedule_runtime", rows)
+
+
+if __name__ == "__main__":
+    main()

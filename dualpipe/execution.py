@@ -1,0 +1,265 @@
+"""One pass of one rank over its row of a schedule: the chunks that live, the results between stages, the losses.
+
+Before a step the receives are posted that will be needed soon; after it the sends are let go that are surely over. A
+message is waited for when the first piece of work that reads it is due, and not before: the forward of a pair does
+not wait for the gradient of its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualpipe.chunk import Chunk
+from dualpipe.clock import Clock
+from dualpipe.lanes import Lanes
+from dualpipe.messages import Cargo, Message, plan_messages
+from dualpipe.overlap import Side, backward_order, forward_order, pair_order, run_piece, weight_order
+from dualpipe.p2p import Transport
+from dualpipe.schedule import Action, Kind, Schedule, Step, parts
+from dualpipe.stage import Segment, Stage, TensorSpec
+from dualpipe.wgrad import WeightGradQueue
+
+Handoff = tuple[Tensor, ...]
+Key = tuple[int, int]  # stage, micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One action with all that running it needs to know, looked up beforehand.
+
+    incoming, outgoing   the messages that it waits for and that its result goes out with; None: it stays here
+    source, result       under which names its input was left here, and its result is left, when it stays here
+    """
+
+    action: Action
+    key: Key
+    incoming: Message | None
+    outgoing: Message | None
+    source: Action
+    result: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One step: receives to post before it, its parts (F, then B, of a pair), sends to let go after it."""
+
+    step: Step
+    posts: tuple[Message, ...]
+    parts: tuple[Part, ...]
+    releases: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One rank's row ready to run, for training or forward only."""
+
+    schedule: Schedule
+    row: tuple[Step, ...]
+    tasks: Mapping[Step, Task]
+    training: bool
+
+
+def make_mode(schedule: Schedule, rank: int, training: bool) -> Mode:
+    plan = plan_messages(schedule, rank)
+
+    def part(action: Action) -> Part:
+        previous, kind = (-1, Kind.F) if action.kind is Kind.F else (1, Kind.I)  # B leaves its gradient under I too
+        return Part(
+            action,
+            (action.stage, action.micro_batch),
+            plan.incoming.get(action),
+            plan.outgoing.get(action),
+            source=Action(kind, action.stage + previous, action.micro_batch),
+            result=Action(kind, action.stage, action.micro_batch),
+        )
+
+    row = schedule.steps[rank]
+    tasks = {s: Task(s, plan.posts.get(s, ()), tuple(map(part, parts(s))), plan.releases.get(s, ())) for s in row}
+    return Mode(schedule, row, tasks, training)
+
+
+inputs_order = partial(backward_order, weights=False)
+
+
+def _nothing() -> None:
+    pass
+
+
+class Lap:
+    """When a step began and ended, and its waits for messages in between; marks of a `Clock`."""
+
+    __slots__ = ("end", "start", "step", "waits")
+
+    def __init__(self, step: Step, start: Any) -> None:
+        self.step, self.start, self.end = step, start, start
+        self.waits: list[tuple[Message, Any, Any]] = []
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What all passes of a runtime share.
+
+    orders   orders of pieces, kept by the segments that they are for: those of a stage are alike every time
+    """
+
+    queue: WeightGradQueue
+    overlap: bool
+    clock: Clock
+    lanes: Lanes
+    orders: dict[Any, Any] = field(default_factory=dict)
+
+    def order(self, make: Callable[..., Any], *chunks: Sequence[Segment]) -> Any:
+        """make(*chunks), remembered. The order depends on names, lanes, reads and writes alone."""
+        key = (make, *((s.name, s.lane, s.reads, s.writes, s.has_backward) for c in chunks for s in c), len(chunks[0]))
+        return self.orders.get(key) or self.orders.setdefault(key, make(*chunks))
+
+
+class Pass:
+    """The state of one pass. `losses` by micro-batch; `peak_activations` as `timeline.py` counts them."""
+
+    def __init__(
+        self,
+        mode: Mode,
+        stages: Mapping[int, Stage],
+        micro_batches: Sequence[Any],
+        transport: Transport,
+        tools: Tools,
+    ) -> None:
+        self._stages = stages
+        self._micro_batches = micro_batches
+        self._transport = transport
+        self._tools = tools
+        self._clock = tools.clock
+        self._training = mode.training
+        self._last_stage = mode.schedule.num_stages - 1
+        self._chunks: dict[Key, Chunk] = {}
+        self._local: dict[Action, Handoff] = {}  # what a stage left for a neighbour on this rank
+        self.losses: dict[int, Tensor] = {}
+        self.peak_activations = 0
+        self.laps: list[Lap] = []
+
+    def run(self, task: Task) -> None:
+        for message in task.posts:
+            self._transport.post(message, self._spec(message))
+        lap = Lap(task.step, self._clock.mark())
+        self.laps.append(lap)
+        first, *second = task.parts
+        if second:
+            self._pair(first, *second)
+        elif first.action.kind is Kind.F:
+            self._forward(first)
+        elif first.action.kind is Kind.W:
+            self._weights(first)
+        else:
+            self._backward(first)
+        lap.end = self._clock.mark()
+        for message in task.releases:
+            self._transport.release(message)
+
+    # -- one action, or a pair ---------------------------------------------------------------------------------
+
+    def _forward(self, part: Part) -> None:
+        chunk = self._open(part)
+        for piece in self._tools.order(forward_order, chunk.segments):
+            run_piece(chunk, piece, lambda: self._send_outputs(part, chunk))
+        if not self._training:
+            self._drop(part)
+
+    def _backward(self, part: Part) -> None:
+        chunk = self._turn(part)
+        whole = part.action.kind is Kind.B
+        for piece in self._tools.order(backward_order if whole else inputs_order, chunk.segments):
+            run_piece(chunk, piece, lambda: self._send_gradients(part, chunk))
+        if whole:
+            self._drop(part)
+
+    def _weights(self, part: Part) -> None:
+        chunk = self._chunks[part.key]
+        for piece in self._tools.order(weight_order, chunk.segments):
+            run_piece(chunk, piece, _nothing)
+        self._drop(part)
+
+    def _pair(self, forward: Part, backward: Part) -> None:
+        if not self._tools.overlap:
+            self._forward(forward)
+            self._backward(backward)
+            return
+        order = self._tools.order(pair_order, self._segments(forward), self._chunks[backward.key].segments)
+        open_, turn = partial(self._open, forward), partial(self._turn, backward)
+        chunks: dict[Side, Chunk] = {}
+        for side, piece in order:
+            chunk = chunks.get(side)
+            if chunk is None:  # only now are its messages waited for
+                chunk = chunks[side] = turn() if side is Side.BACKWARD else open_()
+            if side is Side.BACKWARD:
+                run_piece(chunk, piece, partial(self._send_gradients, backward, chunk))
+            else:
+                run_piece(chunk, piece, partial(self._send_outputs, forward, chunk))
+        self._drop(backward)
+
+    # -- where chunks begin and end ----------------------------------------------------------------------------
+
+    def _open(self, part: Part) -> Chunk:
+        """Make the chunk of a forward, with its inputs."""
+        inputs = self._take(part) if part.action.stage > 0 else ()
+        chunk = Chunk(part.key, self._segments(part), inputs, self._tools.queue, self._training, self._tools.lanes)
+        self._chunks[part.key] = chunk
+        self.peak_activations = max(self.peak_activations, len(self._chunks))
+        return chunk
+
+    def _send_outputs(self, part: Part, chunk: Chunk) -> None:
+        """Send the outputs on, or keep the loss."""
+        outputs = chunk.outputs()
+        if part.action.stage == self._last_stage:
+            self.losses[part.action.micro_batch] = outputs[0].detach()
+        else:
+            self._give(part, outputs)
+
+    def _turn(self, part: Part) -> Chunk:
+        """Seed the chunk of a backward with the gradients of its outputs."""
+        chunk = self._chunks[part.key]
+        if part.action.stage == self._last_stage:
+            chunk.seed((torch.ones_like(self.losses[part.action.micro_batch]),))
+        else:
+            chunk.seed(self._take(part))
+        return chunk
+
+    def _send_gradients(self, part: Part, chunk: Chunk) -> None:
+        """Send the gradients of the inputs on."""
+        if part.action.stage > 0:
+            spec = self._stages[part.action.stage].input_spec(self._micro_batches[part.action.micro_batch])
+            self._give(part, chunk.input_grads(len(spec)))
+
+    def _drop(self, part: Part) -> None:
+        del self._chunks[part.key]
+
+    def _segments(self, part: Part) -> Sequence[Segment]:
+        return self._stages[part.action.stage].segments(self._micro_batches[part.action.micro_batch])
+
+    # -- results between stages --------------------------------------------------------------------------------
+
+    def _take(self, part: Part) -> Handoff:
+        if part.incoming is None:
+            return self._local.pop(part.source)
+        begin = self._clock.mark()
+        received = self._transport.receive(part.incoming)
+        self.laps[-1].waits.append((part.incoming, begin, self._clock.mark()))
+        return received
+
+    def _give(self, part: Part, tensors: Handoff) -> None:
+        if part.outgoing is not None:
+            self._transport.send(part.outgoing, tensors)
+        else:
+            self._local[part.result] = tensors
+
+    def _spec(self, message: Message) -> tuple[TensorSpec, ...]:
+        micro_batch = self._micro_batches[message.micro_batch]
+        if message.cargo is Cargo.ACTIVATION:
+            return self._stages[message.stage + 1].input_spec(micro_batch)
+        return self._stages[message.stage - 1].output_spec(micro_batch)
