@@ -25,9 +25,13 @@ from model.rope import rotate, softmax_scale
 
 
 class AttentionContext:
-    """What attention needs to know of a micro-batch, computed once for all layers of a stage."""
+    """What layers need to know of a micro-batch, computed once for all of a stage.
 
-    def __init__(self, documents_BS: Tensor, cos: Tensor, sin: Tensor) -> None:
+    sequence_scale   one over the sequences of the global batch, for the balance losses; 0 leaves them out
+    """
+
+    def __init__(self, documents_BS: Tensor, cos: Tensor, sin: Tensor, sequence_scale: float = 0.0) -> None:
+        self.sequence_scale = sequence_scale
         same_document = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
         self.mask_B1SS = same_document.tril().unsqueeze(1)
         self.cos, self.sin = cos, sin  # [B, S, rope_dim/2]

@@ -29,6 +29,7 @@ class MicroBatch:
     loss_scale    the loss is the sum over targets times this; one over the targets of the global batch.
     mtp_scales    the same for each depth of multi-token prediction, its weight included; () leaves MTP out.
     z_scale       the same for the z-loss (model/loss.py), its weight included; 0 leaves it out.
+    sequence_scale  one over the sequences of the global batch, for the balance losses; 0 leaves them out.
     """
 
     tokens_BS: Tensor
@@ -38,6 +39,7 @@ class MicroBatch:
     loss_scale: float = 1.0
     mtp_scales: tuple[float, ...] = ()
     z_scale: float = 0.0
+    sequence_scale: float = 0.0
 
     @property
     def num_tokens(self) -> int:

@@ -113,7 +113,8 @@ class Layer(nn.Module):
         def attend_and_route(*parts: Tensor) -> tuple[Tensor, ...]:
             h_BSD = self._attend(parts, context)
             x_TD = self.mlp_norm(h_BSD).flatten(0, 1)
-            gates_TK, experts_TK = self.router(x_TD)
+            gates_TK, experts_TK, counts_C = self.router(x_TD, len(h_BSD), context.sequence_scale)
+            self.router.record(counts_C)
             return h_BSD, x_TD, gates_TK, experts_TK
 
         exchange = self.tools.dispatcher.open()

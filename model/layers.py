@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.balance import NO_BALANCE, Balance
 from model.functional import embed, rms_norm
 from model.precision import Precision
 from model.protocols import Dispatcher, WeightGrads
@@ -18,13 +19,17 @@ from model.protocols import Dispatcher, WeightGrads
 
 @dataclass(frozen=True)
 class Toolbox:
-    """What the modules compute and communicate with; dtype and device are those of the parameters."""
+    """What the modules compute and communicate with; dtype and device are those of the parameters.
+
+    balance   how routers are kept in balance besides their bias
+    """
 
     precision: Precision
     queue: WeightGrads
     dispatcher: Dispatcher
     param_dtype: torch.dtype = torch.float32
     device: str | torch.device = "cpu"
+    balance: Balance = NO_BALANCE
 
     def parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.param_dtype, device=self.device))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from model.layer import Experts
+from model.router import Router
 
 
 def named_tensors(stage: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
@@ -32,3 +33,8 @@ def expert_parameters(stage: nn.Module) -> set[str]:
     """The local names of the parameters that belong to routed experts."""
     prefixes = tuple(n + "." for n, m in stage.named_modules() if isinstance(m, Experts))
     return {name for name, _ in stage.named_parameters() if prefixes and name.startswith(prefixes)}
+
+
+def named_routers(stage: nn.Module) -> dict[str, Router]:
+    """The routers of a stage by the global name of their layer, in the order of the layers; MTP's are among them."""
+    return {name.rpartition(".")[0]: m for name, m in stage.named_modules() if isinstance(m, Router)}

@@ -6,45 +6,77 @@
     gate    = score of the chosen, normalised to sum 1, × route_scale. The bias never enters the gate.
 
 After each step the bias of an overloaded expert goes down by γ and that of an underloaded one up by γ (arXiv
-2408.15664), from integer counts of the whole global batch: `load_E` counts here, `balance` updates.
+2408.15664), from integer counts of the whole global batch: `record` adds up counts here, `parallel/balance.py` sums
+them over ranks, `update_bias` moves the bias.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from model.balance import Counts, count, routing_loss, uniform_experts, with_gradient_of
 from model.config import ModelConfig
 from model.layers import Linear, Toolbox
 from model.precision import CastPrecision
 
 
+class Routing(NamedTuple):
+    """gates_TK (at least FP32), experts_TK (int64), and counts_C of this micro-batch, to be handed to `record`."""
+
+    gates_TK: Tensor
+    experts_TK: Tensor
+    counts_C: Tensor
+
+
 class Router(nn.Module):
-    """Buffers: bias_E (part of the checkpoint) and load_E, the int64 token counts since they were last cleared."""
+    """Buffers: bias_E (part of the checkpoint) and counts_C, int64, what was recorded since it was last cleared."""
 
     bias_E: Tensor
-    load_E: Tensor
+    counts_C: Tensor
 
     def __init__(self, config: ModelConfig, tools: Toolbox) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.balance = config, tools.balance
         high = Toolbox(CastPrecision(tools.param_dtype), tools.queue, tools.dispatcher, tools.param_dtype, tools.device)
         self.linear = Linear(config.hidden_size, config.num_experts, high)
         self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=tools.param_dtype, device=tools.device))
-        load = torch.zeros(config.num_experts, dtype=torch.int64, device=tools.device)
-        self.register_buffer("load_E", load, persistent=False)
+        width = Counts.width(config.num_experts, config.num_groups)
+        counts = torch.zeros(width, dtype=torch.int64, device=tools.device)
+        self.register_buffer("counts_C", counts, persistent=False)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns gates_TK (at least FP32) and experts_TK (int64), and counts the load."""
+    def forward(self, x_TD: Tensor, sequences: int = 1, loss_scale: float = 0.0) -> Routing:
+        """Route T tokens that make `sequences` sequences of equal length.
+
+        loss_scale   one over the sequences of the global batch: what the balance losses are multiplied by. Their
+                     gradient flows into the scores with that of the gates; they are no part of the token loss.
+
+        Changes nothing, so it may be computed again in a backward: `record` is called once per micro-batch.
+        """
         c = self.config
         scores_TE = torch.sigmoid(self.linear(x_TD.to(self.linear.weight.dtype)))
-        experts_TK = choose_experts(
-            scores_TE.detach() + self.bias_E, c.num_groups, c.groups_per_token, c.experts_per_token
-        )
+        experts_TK = self._choose(scores_TE.detach())
         chosen_TK = scores_TE.gather(1, experts_TK)
         gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * c.route_scale
-        self.load_E += torch.bincount(experts_TK.flatten(), minlength=c.num_experts)
-        return gates_TK, experts_TK
+        pulled_TE = scores_TE if self.balance.has_loss else scores_TE.detach()
+        share_TE = pulled_TE / (pulled_TE.sum(-1, keepdim=True) + 1e-20)
+        loss = routing_loss(self.balance, share_TE, experts_TK, sequences, loss_scale)
+        if loss.requires_grad:
+            gates_TK = with_gradient_of(loss, gates_TK)
+        return Routing(gates_TK, experts_TK, count(experts_TK, share_TE, c.num_groups, loss))
+
+    def record(self, counts_C: Tensor) -> None:
+        """Add the counts of one micro-batch."""
+        self.counts_C += counts_C
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        c = self.config
+        if self.balance.force == "uniform":
+            sizes = (c.num_experts, c.experts_per_token, c.num_groups, c.groups_per_token)
+            return uniform_experts(len(scores_TE), *sizes, scores_TE.device)
+        return choose_experts(scores_TE + self.bias_E, c.num_groups, c.groups_per_token, c.experts_per_token)
 
 
 def choose_experts(biased_TE: Tensor, groups: int, groups_per_token: int, experts_per_token: int) -> Tensor:
@@ -57,19 +89,3 @@ def choose_experts(biased_TE: Tensor, groups: int, groups_per_token: int, expert
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
         biased_TE = per_group.masked_fill(closed.unsqueeze(-1), float("-inf")).view(T, E)
     return biased_TE.sort(dim=-1, descending=True, stable=True).indices[:, :experts_per_token]
-
-
-@torch.no_grad()
-def update_bias(bias_LE: Tensor, load_LE: Tensor, rate: float) -> None:
-    """bias += rate · sign(mean load − load), in place, for all layers L at once. Loads are integers.
-
-    Comparing E·load with the total keeps the sign exact: a mean in floating point could round across it.
-    """
-    total_L1 = load_LE.sum(-1, keepdim=True)
-    bias_LE += rate * torch.sign(total_L1 - load_LE.shape[-1] * load_LE).to(bias_LE.dtype)
-
-
-def max_violation(load_LE: Tensor) -> Tensor:
-    """MaxVio per layer: (largest load − mean load) / mean load (arXiv 2408.15664, section 3)."""
-    mean_L = load_LE.double().mean(-1)
-    return (load_LE.amax(-1).double() - mean_L) / mean_L.clamp(min=1e-9)

@@ -6,7 +6,7 @@ through `SegmentTypes`. The whole model is the stage that is both first and last
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -22,7 +22,6 @@ from model.layers import Embedding, Linear, RMSNorm, Toolbox
 from model.loss import squared_normaliser, token_loss
 from model.mtp import MTPModule
 from model.rope import rotation
-from model.router import Router
 
 
 class SegmentTypes(Protocol):
@@ -107,12 +106,6 @@ class ModelStage(nn.Module):
             values.update(zip(writes, results, strict=True))
         return values["out0"]
 
-    def routers(self) -> Iterator[Router]:
-        """The routers of this stage, in the order of the layers; those of the MTP modules come last."""
-        for module in self.modules():
-            if isinstance(module, Router):
-                yield module
-
     # -- how it is put together --------------------------------------------------------------------------------
 
     def _hidden_spec(self, micro_batch: MicroBatch) -> tuple[Any, ...]:
@@ -160,7 +153,7 @@ class ModelStage(nn.Module):
 
     def _attention_context(self, micro_batch: MicroBatch) -> AttentionContext:
         cos, sin = rotation(micro_batch.positions_BS, self.config, self.tools.precision.dtype)
-        return AttentionContext(micro_batch.documents_BS, cos, sin)
+        return AttentionContext(micro_batch.documents_BS, cos, sin, micro_batch.sequence_scale)
 
     def _losses(self, hidden_BSD: Tensor, micro_batch: MicroBatch, depth: int) -> tuple[Tensor, ...]:
         """The scaled loss of the main model (depth 0) with its z-loss, if that is wanted, or of an MTP module."""

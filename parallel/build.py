@@ -11,6 +11,7 @@ import dualpipe.stage as stage_types
 from dualpipe.runtime import Runtime
 from dualpipe.schedule import Schedule
 from dualpipe.wgrad import WeightGradQueue
+from model.balance import NO_BALANCE, Balance
 from model.config import ModelConfig, split_layers
 from model.init import initialise
 from model.layers import Toolbox
@@ -36,13 +37,17 @@ class Replica:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build: dtype of the parameters, device, layers per stage (None: equal), overlap, timeout of messages."""
+    """How to build: dtype of the parameters, device, layers per stage (None: equal), overlap, timeout of messages.
+
+    balance   the routers' losses, and forced routing for benchmarks
+    """
 
     seed: int = 0
     param_dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     layers_per_stage: tuple[int, ...] | None = None
     overlap: bool = True
+    balance: Balance = NO_BALANCE
     timeout: timedelta = timedelta(minutes=5)
 
 
@@ -81,7 +86,7 @@ def build_stages(
     share = config.num_experts // mesh.layout.ep
     experts = range(mesh.ep * share, (mesh.ep + 1) * share)
     dispatcher = RoutedDispatcher(mesh.expert, share)
-    tools = Toolbox(precision, queue, dispatcher, options.param_dtype, options.device)
+    tools = Toolbox(precision, queue, dispatcher, options.param_dtype, options.device, options.balance)
     layers = split_layers(config, schedule.num_stages, options.layers_per_stage)
     last = schedule.num_stages - 1
     stages: dict[int, ModelStage] = {}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from dualpipe.schedule import Schedule
 from model.config import ModelConfig
 from model.names import expert_parameters
-from model.router import update_bias
 from model.stage import ModelStage
 from parallel.mesh import Mesh
 
@@ -107,28 +106,3 @@ def clip_gradients(buffers: Sequence[GradBuffer], norm: float, limit: float) -> 
     if 0 < limit < norm:
         for buffer in buffers:
             buffer.flat.mul_(limit / norm)
-
-
-@torch.no_grad()
-def take_expert_loads(stages: Mapping[int, ModelStage], mesh: Mesh) -> Tensor:
-    """Tokens per expert [MoE layers on this rank, experts], summed over all copies of these layers; clears the counts.
-
-    One collective for all layers. The layers come in the order of the stages.
-    """
-    routers = [r for number in sorted(stages) for r in stages[number].routers()]
-    if not routers:
-        return torch.zeros(0, 0, dtype=torch.int64)
-    load_LE = torch.stack([r.load_E for r in routers])
-    for router in routers:
-        router.load_E.zero_()
-    if mesh.dense is not None:
-        dist.all_reduce(load_LE, group=mesh.dense)
-    return load_LE
-
-
-@torch.no_grad()
-def update_router_biases(stages: Mapping[int, ModelStage], load_LE: Tensor, rate: float) -> None:
-    """Move every router's bias by ±rate according to the global loads (report 2.1.2)."""
-    routers = [r for number in sorted(stages) for r in stages[number].routers()]
-    for router, load_E in zip(routers, load_LE, strict=True):
-        update_bias(router.bias_E, load_E, rate)

@@ -23,6 +23,7 @@ MODEL = (
     "model.experts_per_token=2 model.num_groups=2 model.expert_ffn_size=16"
 )
 SIZE = "eval_batches=1 data.seq_len=32 data.micro_batch_size=1 launch.timeout_seconds=20"
+COMPARED = ("train/loss", "val/loss", "train/grad_norm", "train/lr", "balance/max_vio", "balance/max_vio_global")
 ENDS_WITHIN = 30  # seconds from the kill to the end of the last process: the promise of the README
 
 
@@ -99,7 +100,7 @@ def losses(run_dir: Path) -> dict[str, dict[int, float]]:
     for line in lines:
         if line.endswith("\n"):
             row = json.loads(line)
-            for name in ("train/loss", "val/loss", "train/grad_norm", "train/lr", "balance/max_vio"):
+            for name in COMPARED:
                 if name in row:
                     assert row["step"] not in found.setdefault(name, {}), f"step {row['step']} is there twice"
                     found[name][row["step"]] = row[name]

@@ -17,8 +17,16 @@ Params = dict[str, Tensor]
 
 
 class Oracle:
-    def __init__(self, config: Any, params: Params) -> None:
+    """balance: coefficients of the sequence-wise balance loss, and of the one over a micro-batch.
+
+    After `terms` or `loss`, `balance_loss` holds what these losses add to what is minimised.
+    """
+
+    def __init__(self, config: Any, params: Params, balance: tuple[float, float] = (0.0, 0.0)) -> None:
         self.c = config
+        self.balance = balance
+        self.balance_loss = torch.zeros(())
+        self.routed: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of one micro-batch: scores and choice by sequence
         self.params = {n: p.clone().requires_grad_() for n, p in params.items() if not n.endswith("bias_E")}
         self.biases = {n: p.clone() for n, p in params.items() if n.endswith("bias_E")}
         self.mtp_weight, self.z_weight = 0.3, 0.0
@@ -72,6 +80,7 @@ class Oracle:
         chosen = biased.masked_fill(~allowed, float("-inf")).topk(c.experts_per_token, -1).indices
         self.loads[name + ".router.bias_E"] += torch.bincount(chosen.flatten(), minlength=c.num_experts)
         mask = torch.zeros_like(scores).scatter(1, chosen, 1)
+        self.routed.setdefault(name, []).append((scores, mask))
         gates = scores * mask
         gates = gates / gates.sum(-1, keepdim=True) * c.route_scale
         y = torch.stack([self.mlp(f"{name}.experts.{e}", x) for e in range(c.num_experts)], 1)
@@ -120,11 +129,14 @@ class Oracle:
 
     def terms(self, micro_batches: Sequence[Any]) -> list[Tensor]:
         """The terms of the loss of a global batch, each a mean over its own targets: main, MTP 1 …, z."""
-        rows = [
-            self.sequence(*row)
-            for mb in micro_batches
-            for row in zip(mb.tokens_BS, mb.targets_BS, mb.documents_BS, mb.positions_BS, strict=True)
-        ]
+        rows = []
+        self.balance_loss = torch.zeros(())
+        for mb in micro_batches:
+            self.routed = {}
+            for row in zip(mb.tokens_BS, mb.targets_BS, mb.documents_BS, mb.positions_BS, strict=True):
+                rows.append(self.sequence(*row))
+            self.balance_loss = self.balance_loss + sum(self.imbalance(routed) for routed in self.routed.values())
+        self.balance_loss = self.balance_loss / len(rows)
         return [torch.stack([s for s, _ in term]).sum() / sum(n for _, n in term) for term in zip(*rows, strict=True)]
 
     def loss(self, micro_batches: Sequence[Any]) -> Tensor:
@@ -134,6 +146,18 @@ class Oracle:
     def weighted(self, terms: list[Tensor]) -> Tensor:
         main, *mtp, z = terms
         return main + self.mtp_weight * sum(mtp) / max(1, len(mtp)) + self.z_weight * z
+
+    def imbalance(self, routed: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The two balance losses of one layer and micro-batch, summed over its sequences (report, eq. 17 to 20)."""
+        E, K = self.c.num_experts, self.c.experts_per_token
+        by_sequence = torch.zeros(())
+        for scores, _ in routed:
+            f = [(scores.topk(K, -1).indices == i).to(scores).sum() * E / (K * len(scores)) for i in range(E)]
+            P = [(scores[:, i] / scores.sum(1)).mean() for i in range(E)]
+            by_sequence = by_sequence + sum(f_i * P_i for f_i, P_i in zip(f, P, strict=True))
+        scores, mask = (torch.cat(parts) for parts in zip(*routed, strict=True))
+        f, P = mask.mean(0) * E / K, (scores / scores.sum(1, keepdim=True)).mean(0)
+        return self.balance[0] * by_sequence + self.balance[1] * len(routed) * (f * P).sum()
 
     def update_biases(self, rate: float) -> None:
         for name, load in self.loads.items():

@@ -22,6 +22,7 @@ from benchmarks.peer import gradients_of, our_model, peer_model, peer_tensors, w
 from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.hf import from_hf_config, to_hf_config
+from model.names import named_routers
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -98,7 +99,7 @@ def compare(config: ModelConfig, seed: int, precision: str) -> None:
     replica = our_model(config, precision, seed)
     model = replica.stages[0]
     generator = torch.Generator().manual_seed(seed)
-    for router in model.routers():
+    for router in named_routers(model).values():
         router.bias_E.copy_(0.3 * torch.randn(config.num_experts, generator=generator))
     mb = random_batch(config, seed)
     with really_in(precision):

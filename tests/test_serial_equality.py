@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from dualpipe.schedules import make_schedule
+from model.balance import Balance
 from model.batch import IGNORE, MicroBatch
 from model.config import ModelConfig
 from model.loss import LossConfig
 from model.names import named_tensors
 from model.precision import CastPrecision
+from parallel.balance import RouterTable
 from parallel.build import BuildOptions, build_replica
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import EP_ACROSS_NODES, PP_ACROSS_NODES, Layout, Mesh
@@ -46,6 +48,7 @@ class Case:
     steps: int = 3
     layers: tuple[int, ...] | None = None
     order: str = PP_ACROSS_NODES
+    balance: tuple[float, float] = (0.0, 0.0)  # coefficients of the losses per sequence and per micro-batch
     config: ModelConfig = field(default_factory=lambda: CONFIG)
     loss: LossConfig = field(default_factory=LossConfig)
 
@@ -81,15 +84,17 @@ class OracleStep:
     loss: float
     mtp_losses: list[float]
     z_loss: float
+    balance_loss: float
     norm: float
     grads: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     biases: dict[str, torch.Tensor]
+    loads: dict[str, torch.Tensor]
 
 
 def train_oracle(case: Case) -> list[OracleStep]:
     """The trajectory that every layout must follow; it depends on the case's model, dtype and steps alone."""
-    oracle = Oracle(case.config, whole_model(case))
+    oracle = Oracle(case.config, whole_model(case), case.balance)
     oracle.mtp_weight, oracle.z_weight = case.loss.mtp_weight, case.loss.z_weight
     optimizer = torch.optim.AdamW(
         [
@@ -102,15 +107,16 @@ def train_oracle(case: Case) -> list[OracleStep]:
     for step in range(case.steps):
         optimizer.zero_grad()
         terms = oracle.terms(make_batch(step))
-        oracle.weighted(terms).backward()
+        (oracle.weighted(terms) + oracle.balance_loss).backward()
         main, *mtp, z = (term.item() for term in terms)
         norm = clip_plainly(list(oracle.params.values()), OPTIM.clip)
         grads = {name: p.grad.clone() for name, p in oracle.params.items() if p.grad is not None}
         optimizer.step()
+        loads = {name: load.clone() for name, load in oracle.loads.items()}
         oracle.update_biases(BIAS_RATE)
         weights = {name: p.detach().clone() for name, p in oracle.params.items()}
         biases = {name: b.clone() for name, b in oracle.biases.items()}
-        steps.append(OracleStep(main, mtp, z, norm, grads, weights, biases))
+        steps.append(OracleStep(main, mtp, z, oracle.balance_loss.item(), norm, grads, weights, biases, loads))
     return steps
 
 
@@ -120,9 +126,16 @@ def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> N
     schedule = make_schedule(case.schedule, case.pp, GLOBAL_MICRO_BATCHES // layout.dp)
     holders = embedding_holders(schedule, case.config)
     mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60), holders)
-    options = BuildOptions(seed=1, param_dtype=case.dtype, layers_per_stage=case.layers, timeout=timedelta(seconds=60))
+    options = BuildOptions(
+        seed=1,
+        param_dtype=case.dtype,
+        layers_per_stage=case.layers,
+        balance=Balance(*case.balance),
+        timeout=timedelta(seconds=60),
+    )
     replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
     optimizer = make_optimizer(replica.stages, OPTIM)
+    routers = RouterTable.create(replica.stages, schedule, mesh, case.config)
     for step, wanted in enumerate(oracle):
         mine = make_batch(step)[mesh.dp :: layout.dp]
         result = train_step(replica, optimizer, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE, case.loss)
@@ -135,6 +148,12 @@ def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> N
         for name, (ours, theirs) in terms.items():
             assert abs(ours - theirs) <= case.tolerance * theirs, f"{label}: {name}: {ours} and {theirs}"
         assert abs(result.grad_norm - wanted.norm) <= case.tolerance * wanted.norm, f"{label}: gradient norm"
+        counts, biases = routers.gather(result.counts, replica.stages, mesh)
+        if rank == 0:
+            assert [f"{name}.router.bias_E" for name in routers.names] == list(wanted.loads), label
+            assert torch.equal(counts.load_LE, torch.stack(list(wanted.loads.values()))), f"{label}: loads"
+            assert torch.equal(biases, torch.stack(list(wanted.biases.values())).double()), f"{label}: biases"
+            assert abs(counts.loss_L.sum() - wanted.balance_loss) <= 1e-6 * wanted.balance_loss + 1e-9, label
         compare_grads(replica.stages, wanted, case.tolerance, label)
         compare_weights(replica.stages, wanted, case.tolerance, label)
 
@@ -182,7 +201,7 @@ def compare_weights(stages: dict[int, Any], wanted: OracleStep, tolerance: float
 def check_cases(rank: int, world: int, cases: list[Case]) -> int:
     trajectories: dict[tuple[str, torch.dtype, int], list[OracleStep]] = {}
     for case in cases:
-        key = (repr((case.config, case.loss)), case.dtype, case.steps)
+        key = (repr((case.config, case.loss, case.balance)), case.dtype, case.steps)
         if key not in trajectories:
             trajectories[key] = train_oracle(case)
         check_case(rank, case, world, trajectories[key])
@@ -194,19 +213,23 @@ def both_precisions(cases: list[Case]) -> list[Case]:
 
 
 NO_COMPRESSION = replace(CONFIG, query_rank=0, num_shared_experts=0, groups_per_token=4, num_dense_layers=0)
+LOSSES = (0.3, 0.2)  # of the size of the token loss's own pull on the router, so that an error of theirs shows
 CASES = {
-    1: [Case(1, schedule="one_f_one_b"), Case(1), Case(1, config=NO_COMPRESSION)],
+    1: [Case(1, schedule="one_f_one_b"), Case(1), Case(1, config=NO_COMPRESSION), Case(1, balance=LOSSES)],
     2: [
         Case(2),
         Case(2, schedule="one_f_one_b"),
         Case(2, layers=(1, 4)),
         Case(1, ep=2),
         Case(2, config=NO_COMPRESSION),
+        Case(2, balance=LOSSES),
+        Case(1, ep=2, balance=LOSSES),
     ],
     4: [Case(4), Case(4, schedule="one_f_one_b"), Case(4, layers=(2, 1, 1, 1))]
     + [Case(2, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")],
     8: [Case(4, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")]
-    + [Case(2, ep=4), Case(2, ep=2, order=EP_ACROSS_NODES), Case(1, ep=8)],
+    + [Case(2, ep=4), Case(2, ep=2, order=EP_ACROSS_NODES), Case(1, ep=8)]
+    + [Case(4, ep=2, balance=LOSSES, config=replace(CONFIG, mtp_depth=1), steps=2)],
 }
 
 

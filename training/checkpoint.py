@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,16 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run needs besides tensors: steps done, the configuration, the W&B run id, processes."""
+    """What a run needs besides tensors: steps done, the configuration, the W&B run id, processes.
+
+    expert_loads   router counts by layer since the last evaluation (training/balance.py)
+    """
 
     step: int
     config: dict[str, Any]
     wandb_id: str
     world: int
+    expert_loads: dict[str, list[int]] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

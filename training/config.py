@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from model.config import ModelConfig
 from model.loss import LossConfig
 from training.optimizer import OptimConfig
+from training.recipe import Piece
 
 
 @dataclass
@@ -48,7 +49,11 @@ class PrecisionConfig:
 
 @dataclass
 class BalanceConfig:
-    bias_rate: float = 0.001  # γ of the router bias; 0 = no balancing
+    bias_rate: float = 0.001  # γ of the router bias; 0 = the biases stay as they are
+    bias_rate_schedule: list[Piece] = field(default_factory=list)  # factors on bias_rate, by tokens; [] = always 1
+    sequence_loss: float = 0.0  # α of the sequence-wise balance loss
+    aux_loss: float = 0.0  # coefficient of the classic auxiliary loss, per micro-batch; for comparison
+    force: str = "none"  # none | uniform: ignore the scores, give every expert the same load; for benchmarks
 
 
 @dataclass

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from training.heatmap import HeatMap
+
 Metrics = Mapping[str, float]
 
 
@@ -38,6 +40,8 @@ class RunLogger(Protocol):
     def text(self, step: int, name: str, text: str) -> None: ...
 
     def image(self, step: int, name: str, path: Path) -> None: ...
+
+    def table(self, step: int, name: str, table: HeatMap) -> None: ...
 
     def close(self) -> None: ...
 
@@ -70,6 +74,10 @@ class CompositeLogger:
         for logger in self.loggers:
             logger.image(step, name, path)
 
+    def table(self, step: int, name: str, table: HeatMap) -> None:
+        for logger in self.loggers:
+            logger.table(step, name, table)
+
     def close(self) -> None:
         with ExitStack() as stack:
             for logger in reversed(self.loggers):
@@ -77,7 +85,8 @@ class CompositeLogger:
 
 
 class JsonlLogger:
-    """One JSON object a line: {"step": 7, "train/loss": 2.5, ...}; texts and the paths of images are strings.
+    """One JSON object a line: {"step": 7, "train/loss": 2.5, ...}; texts and the paths of images are strings, tables
+    are lists of numbers by row: {"step": 25, "balance/load": {"layers.1": [310, 287, ...], ...}}.
 
     What is not finite becomes "nan", "inf" or "-inf": valid JSON, and Python's `float` reads it back. Every line is
     handed to the system at once, so a killed process loses none.
@@ -101,6 +110,10 @@ class JsonlLogger:
     def image(self, step: int, name: str, path: Path) -> None:
         self._write(step, {name: str(path)})
 
+    def table(self, step: int, name: str, table: HeatMap) -> None:
+        rows = ([_json_number(value) for value in row] for row in table.values)
+        self._write(step, {name: dict(zip(table.rows, rows, strict=True))})
+
     def close(self) -> None:
         self._file.close()
 
@@ -110,6 +123,8 @@ class JsonlLogger:
 
 
 def _json_number(value: float) -> float | str:
+    if isinstance(value, int):
+        return value
     number = float(value)
     return number if math.isfinite(number) else str(number)
 
@@ -173,6 +188,9 @@ class ConsoleLogger:
 
     def image(self, step: int, name: str, path: Path) -> None:
         self._print(f"{name} at step {step}: {path}")
+
+    def table(self, step: int, name: str, table: HeatMap) -> None:
+        """Too large for a terminal; `metrics.jsonl` has it."""
 
     def close(self) -> None:
         if self._progress is not None:
@@ -257,6 +275,10 @@ class WandbLogger:
 
     def image(self, step: int, name: str, path: Path) -> None:
         self._send(step, lambda wandb: {name: wandb.Image(str(path))})
+
+    def table(self, step: int, name: str, table: HeatMap) -> None:
+        caption = f"rows: {', '.join(table.rows)}"
+        self._send(step, lambda wandb: {name: wandb.Image(table.image(), caption=caption)})
 
     def close(self) -> None:
         run, self._run = self._run, None

@@ -15,22 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.balance import Counts
 from model.batch import MicroBatch
 from model.loss import LossConfig
+from parallel.balance import take_counts, update_biases
 from parallel.build import Replica
-from parallel.grads import (
-    clip_gradients,
-    gradient_norm,
-    reduce_gradients,
-    take_expert_loads,
-    update_router_biases,
-)
+from parallel.grads import clip_gradients, gradient_norm, reduce_gradients
 from parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the targets of the global batch; load_LE: tokens per expert of this rank's MoE layers.
+    """loss: mean over the targets of the global batch; counts: what this rank's routers counted in it.
     mtp_losses: the same mean for each depth of multi-token prediction; z_loss: mean squared log-normaliser.
 
     `skipped` says that the gradient was not finite and the weights were left as they were. `seconds` is the host's
@@ -40,7 +36,7 @@ class StepResult:
     loss: float
     grad_norm: float
     num_targets: int
-    load_LE: Tensor
+    counts: Counts | None
     skipped: bool
     seconds: dict[str, float]
     mtp_losses: tuple[float, ...] = ()
@@ -87,31 +83,41 @@ def train_step(
             group["lr"] = lr
         optimizer.step()
         replica.precision.refresh()
-    load_LE = take_expert_loads(replica.stages, mesh)
+    counts = take_counts(replica.stages, mesh)
     if not skipped:
-        update_router_biases(replica.stages, load_LE, bias_rate)
+        update_biases(replica.stages, counts, bias_rate)
     watch.lap("update")
     loss, *others = global_terms(losses, scales, mesh)
     mtp_losses, z_loss = tuple(others[: len(scales.mtp)]), others[-1] if scales.z else None
-    return StepResult(loss, norm, scales.num_targets, load_LE, skipped, watch.seconds, mtp_losses, z_loss)
+    return StepResult(loss, norm, scales.num_targets, counts, skipped, watch.seconds, mtp_losses, z_loss)
 
 
-def evaluate(replica: Replica, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-    """Mean loss over the targets of these micro-batches of all data-parallel ranks, and how many targets those are.
+@dataclass(frozen=True)
+class EvalResult:
+    """Mean loss over these targets of all data-parallel ranks; counts: what this rank's routers counted."""
 
-    Of the main model alone: multi-token prediction is left out.
-    """
+    loss: float
+    num_targets: int
+    counts: Counts | None
+
+
+def evaluate(replica: Replica, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+    """Forward only, on this rank's micro-batches, of the main model alone: multi-token prediction is left out."""
     scales = loss_scales(micro_batches, 0, LossConfig(), replica.mesh)
     losses = replica.pipeline.evaluate([replace(mb, **scales.fields) for mb in micro_batches])
-    take_expert_loads(replica.stages, replica.mesh)
-    return global_terms(losses, scales, replica.mesh)[0], scales.num_targets
+    counts = take_counts(replica.stages, replica.mesh)
+    return EvalResult(global_terms(losses, scales, replica.mesh)[0], scales.num_targets, counts)
 
 
 @dataclass(frozen=True)
 class LossScales:
-    """What one target counts in the loss, by term; `unscaled` has each term's factor on top of the mean."""
+    """What one target counts in the loss, by term; `unscaled` has each term's factor on top of the mean.
+
+    sequence   what one sequence counts in the balance losses
+    """
 
     num_targets: int
+    sequence: float
     main: float
     mtp: tuple[float, ...]
     z: float
@@ -120,22 +126,28 @@ class LossScales:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of `MicroBatch` that say so."""
-        return {"loss_scale": self.main, "mtp_scales": self.mtp, "z_scale": self.z}
+        return {
+            "loss_scale": self.main,
+            "mtp_scales": self.mtp,
+            "z_scale": self.z,
+            "sequence_scale": self.sequence,
+        }
 
 
 def loss_scales(micro_batches: Sequence[MicroBatch], depth: int, config: LossConfig, mesh: Mesh) -> LossScales:
     """One over the targets of the global batch, for each depth its own; times the weight of the term (report 2.2)."""
     depth = depth if config.mtp_weight else 0
-    counts = global_targets(micro_batches, depth, mesh)
+    sequences, *counts = global_sizes(micro_batches, depth, mesh)
     mean, *mtp_means = (1 / max(1, count) for count in counts)
     weight = config.mtp_weight / max(1, depth)
     unscaled = (1.0, *[weight] * depth, *[config.z_weight] * bool(config.z_weight))
-    return LossScales(counts[0], mean, tuple(weight * m for m in mtp_means), config.z_weight * mean, unscaled)
+    mtp = tuple(weight * m for m in mtp_means)
+    return LossScales(counts[0], 1 / sequences, mean, mtp, config.z_weight * mean, unscaled)
 
 
-def global_targets(micro_batches: Sequence[MicroBatch], depth: int, mesh: Mesh) -> list[int]:
-    """Targets in the global batch, by depth: every pipeline counts its own, on each of its PP ranks alike."""
-    counts = torch.tensor([mb.target_counts(depth) for mb in micro_batches]).sum(0)
+def global_sizes(micro_batches: Sequence[MicroBatch], depth: int, mesh: Mesh) -> list[int]:
+    """Sequences in the global batch, and targets by depth: every pipeline counts its own, on each PP rank alike."""
+    counts = torch.tensor([[len(mb.tokens_BS), *mb.target_counts(depth)] for mb in micro_batches]).sum(0)
     if mesh.control is not None:
         dist.all_reduce(counts, group=mesh.control)
     return (counts // mesh.layout.pp).tolist()

@@ -17,22 +17,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dualpipe.schedule import Schedule
+from model.balance import Balance
 from model.batch import MicroBatch
 from model.precision import make_precision
-from model.router import max_violation
 from parallel.build import BuildOptions, build_replica
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
 from training import checkpoint
+from training.balance import BalanceMonitor
 from training.checkpoint import RunState
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
 from training.data import BatchPlan, PackedDataset
 from training.loggers import CompositeLogger, ConsoleLogger, JsonlLogger, WandbLogger, new_run_id
 from training.optimizer import learning_rate, make_optimizer
+from training.recipe import value_at
 from training.resume import find_resume_point
 from training.step import StepResult, evaluate, train_step
 from training.validate import resolve_device, validate
@@ -71,6 +72,7 @@ class Job:
             device=self.device,
             layers_per_stage=tuple(c.parallel.layers_per_stage) or None,
             overlap=c.parallel.overlap != "off",
+            balance=Balance(c.balance.sequence_loss, c.balance.aux_loss, c.balance.force),
             timeout=timedelta(seconds=c.launch.timeout_seconds),
         )
 
@@ -121,10 +123,12 @@ class Trainer:
         self.train_data, self.val_data = job.dataset("train"), job.dataset("val")
         self.step = 0
         self.wandb_id = new_run_id()
+        expert_loads: dict[str, list[int]] = {}
         if job.resume is not None:
             checkpoint.load(job.resume, self.replica.stages, self.optimizer, mesh)
             state = checkpoint.read_run_state(job.resume)
-            self.step, self.wandb_id = state.step, state.wandb_id
+            self.step, self.wandb_id, expert_loads = state.step, state.wandb_id, state.expert_loads
+        self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
         self.logger = self._make_logger() if mesh.rank == 0 else CompositeLogger([])
 
     def fit(self) -> float:
@@ -148,11 +152,21 @@ class Trainer:
         started = time.perf_counter()
         batch = self._on_device(self.job.batch_plan.step_batch(self.train_data, self.step, self.mesh.dp))
         lr = learning_rate(config.optim, self.step, config.steps)
-        result = train_step(
-            self.replica, self.optimizer, batch, lr, config.optim.clip, config.balance.bias_rate, config.loss
-        )
+        clip, bias_rate = config.optim.clip, self._bias_rate()
+        result = train_step(self.replica, self.optimizer, batch, lr, clip, bias_rate, config.loss)
         self.step += 1
-        self.logger.log(self.step, self._metrics(result, lr, time.perf_counter() - started))
+        balance = self.balance.after_step(self.step, result.counts)
+        self.logger.log(self.step, {**self._metrics(result, lr, time.perf_counter() - started), **balance})
+
+    def _bias_rate(self) -> float:
+        """γ of the coming step: the schedule counts the tokens trained on before it."""
+        balance = self.job.config.balance
+        factor = value_at(balance.bias_rate_schedule, self._tokens()) if balance.bias_rate_schedule else 1.0
+        return balance.bias_rate * factor
+
+    def _tokens(self) -> int:
+        """How many tokens the finished steps have trained on."""
+        return self.step * self.job.batch_plan.global_batch_size * self.job.config.data.seq_len
 
     def _metrics(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         tokens = self.job.batch_plan.global_batch_size * self.job.config.data.seq_len
@@ -160,12 +174,11 @@ class Trainer:
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
             "train/lr": lr,
-            "train/tokens": float(self.step * tokens),
+            "train/tokens": float(self._tokens()),
             "train/tokens_per_second": tokens / seconds,
             "train/skipped": float(result.skipped),
             **{f"seconds/{phase}": value for phase, value in result.seconds.items()},
             "seconds/other": seconds - sum(result.seconds.values()),
-            "balance/max_vio": worst_violation(result.load_LE, self.mesh),
             **{f"train/mtp_loss_{k}": value for k, value in enumerate(result.mtp_losses, 1)},
             **({} if result.z_loss is None else {"train/z_loss": result.z_loss}),
         }
@@ -176,15 +189,17 @@ class Trainer:
         plan = self.job.batch_plan
         whole = BatchPlan(plan.micro_batch_size, per_step * self.job.config.eval_batches, plan.dp_size)
         batch = self._on_device(whole.validation_batch(self.val_data, self.mesh.dp))
-        total, count = 0.0, 0
-        for start in range(0, len(batch), per_step):
-            loss, targets = evaluate(self.replica, batch[start : start + per_step])
-            total, count = total + loss * targets, count + targets
-        self.logger.log(self.step, {"val/loss": total / count})
-        return total / count
+        results = [evaluate(self.replica, batch[i : i + per_step]) for i in range(0, len(batch), per_step)]
+        loss = sum(r.loss * r.num_targets for r in results) / sum(r.num_targets for r in results)
+        balance, tables = self.balance.after_validation([r.counts for r in results])
+        self.logger.log(self.step, {"val/loss": loss, **balance})
+        for name, table in tables.items():
+            self.logger.table(self.step, name, table)
+        return loss
 
     def _save(self) -> int:
-        state = RunState(self.step, to_dict(self.job.config), self.wandb_id, self.job.layout.world)
+        loads = self.balance.recorded()
+        state = RunState(self.step, to_dict(self.job.config), self.wandb_id, self.job.layout.world, loads)
         checkpoint.save(self.job.checkpoints, state, self.replica.stages, self.optimizer, self.mesh)
         if self.mesh.rank == 0:
             checkpoint.prune(self.job.checkpoints, self.job.config.keep_last)
@@ -213,13 +228,3 @@ class Trainer:
         return CompositeLogger([jsonl, console, wandb])
 
     wandb_path: Path | None = None
-
-
-def worst_violation(load_LE: Tensor, mesh: Mesh) -> float:
-    """MaxVio of the least balanced layer of the whole model; 0 without experts."""
-    worst = torch.zeros((), dtype=torch.float64)
-    if load_LE.numel():
-        worst = max_violation(load_LE).amax().cpu()
-    if mesh.control is not None:
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=mesh.control)
-    return float(worst)

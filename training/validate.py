@@ -13,11 +13,13 @@ import torch
 
 from dualpipe.schedule import Schedule
 from dualpipe.schedules import SCHEDULES, make_schedule
+from model.balance import FORCES
 from model.config import split_layers
 from model.precision import make_precision
 from parallel.grads import mirrors
 from parallel.mesh import Layout
 from training.config import Config
+from training.recipe import check_pieces
 
 MAX_MICRO_BATCHES = 16_384  # what the tags of messages can number (dualpipe/p2p.py)
 
@@ -32,6 +34,7 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     config.loss.check()
     _check_numbers(config)
     _check_choices(config)
+    check_pieces("balance.bias_rate_schedule", config.balance.bias_rate_schedule)
     make_precision(config.precision.name)
     parallel = config.parallel
     layout = Layout(world, parallel.pp, parallel.ep, parallel.order)  # before the schedule: a huge PP ends here
@@ -79,6 +82,8 @@ def _check_numbers(config: Config) -> None:
         ("eval_batches", config.eval_batches, 1, 65_536),
         ("model.num_layers", config.model.num_layers, 1, 4096),
         ("balance.bias_rate", config.balance.bias_rate, 0, 1),
+        ("balance.sequence_loss", config.balance.sequence_loss, 0, 100),
+        ("balance.aux_loss", config.balance.aux_loss, 0, 100),
         ("launch.threads", config.launch.threads, 0, 4096),
         ("schedule.micro_batches", config.schedule.micro_batches, 1, MAX_MICRO_BATCHES),
         ("parallel.pp", config.parallel.pp, 1, math.inf),
@@ -103,6 +108,7 @@ def _check_choices(config: Config) -> None:
         ("logger.name", config.logger.name, ("wandb", "none")),
         ("logger.mode", config.logger.mode, ("offline", "online")),
         ("launch.device", config.launch.device, ("auto", "cpu", "cuda")),
+        ("balance.force", config.balance.force, FORCES),
         ("resume", config.resume, ("auto", "never")),
     ]
     for name, value, allowed in choices:
