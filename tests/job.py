@@ -52,11 +52,17 @@ class Job:
     def output(self) -> str:
         return self._output.read_text()
 
+    def rank(self, number: int) -> psutil.Process:
+        """The process of one rank."""
+        for child in psutil.Process(self.torchrun.pid).children(recursive=True):
+            if child.environ().get("RANK") == str(number):
+                return child
+        raise AssertionError(f"rank {number} is not running:\n{self.output}")
+
     def kill(self, *ranks: int) -> int:
         """SIGKILL to these ranks. Returns torchrun's exit code once all have ended, which must be soon."""
         children = psutil.Process(self.torchrun.pid).children(recursive=True)
-        victims = [c for c in children if c.environ().get("RANK") in {str(r) for r in ranks}]
-        assert len(victims) == len(ranks), f"ranks {ranks} are not all running:\n{self.output}"
+        victims = [self.rank(number) for number in ranks]
         deadline = time.monotonic() + ENDS_WITHIN
         for victim in victims:
             victim.kill()

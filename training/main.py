@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from parallel.rank_table import crossing, rank_table
-from training.checkpoint import CheckpointError, checkpoint_path
+from training.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
 from training.config import Config
 from training.curve import draw_curve
 from training.sample import sample_text
+from training.stop import RunStopped, Stop, StopRequest, mark_stopped, stop_on_signals
 from training.trainer import Job, Trainer, join_process_group, prepare
 
-BAD_CONFIG, FAILED, TERMINATED = 2, 1, 143
+BAD_CONFIG, FAILED = 2, 1
 
 
 def run(config: Config) -> int:
     """Run the whole job in this process; returns the exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    stop = StopRequest()
+    stop_on_signals(stop)
     try:
         job = prepare(config, world)
     except (ValueError, CheckpointError) as error:
@@ -41,15 +42,26 @@ def run(config: Config) -> int:
     try:
         if rank == 0:
             _announce_ranks(job)
-        trainer = Trainer(job, join_process_group(job))
-        _announce_termination(rank, trainer)
-        val_loss = trainer.fit()
-        if rank == 0:
-            _report(job, trainer, val_loss)
+        trainer = Trainer(job, join_process_group(job), stop)
+        code = _train(job, trainer)
         _leave_together()
     except Exception:
         where = f"in step {trainer.step + 1}" if trainer is not None else "while starting"
         _die(f"[rank {rank}] failed {where}:\n{traceback.format_exc()}", job)
+    return code
+
+
+def _train(job: Job, trainer: Trainer) -> int:
+    """To the last step, or as far as somebody lets us. Returns the exit code."""
+    try:
+        val_loss = trainer.fit()
+    except RunStopped as stopped:
+        if trainer.mesh.rank == 0:
+            _say_stopped(job, trainer, stopped.stop)
+        mark_stopped(trainer.step)
+        return FAILED if stopped.stop.failed else 0
+    if trainer.mesh.rank == 0:
+        _report(job, trainer, val_loss)
     return 0
 
 
@@ -101,13 +113,12 @@ def _torchrun() -> str:
     return str(ours.relative_to(Path.cwd())) if ours.is_relative_to(Path.cwd()) else str(ours)
 
 
-def _announce_termination(rank: int, trainer: Trainer) -> None:
-    """torchrun ends the surviving ranks with SIGTERM when one has died: say in which step that was."""
-
-    def on_term(number: int, frame: FrameType | None) -> None:
-        _die(f"[rank {rank}] ended by SIGTERM in step {trainer.step + 1}", trainer.job, TERMINATED)
-
-    signal.signal(signal.SIGTERM, on_term)
+def _say_stopped(job: Job, trainer: Trainer, stop: Stop) -> None:
+    """All ranks have agreed to end early: why, and how to go on."""
+    trainer.logger.close()
+    newest = list_checkpoints(job.checkpoints)[-1:]
+    saved = f"{newest[0]} is whole; the same command goes on from it" if newest else "nothing has been saved yet"
+    print(f"stopped after step {trainer.step} ({stop.reason}). {saved}.", file=sys.stderr, flush=True)
 
 
 def _leave_together() -> None:
@@ -117,7 +128,7 @@ def _leave_together() -> None:
         dist.destroy_process_group()
 
 
-def _die(message: str, job: Job, code: int = FAILED) -> NoReturn:
+def _die(message: str, job: Job) -> NoReturn:
     hint = f"The newest checkpoint in {job.checkpoints} is whole; the same command goes on from it."
     print(f"{message}\n{hint}", file=sys.stderr, flush=True)
-    os._exit(code)
+    os._exit(FAILED)

@@ -36,6 +36,7 @@ from training.optimizer import learning_rate, make_optimizer
 from training.recipe import value_at
 from training.resume import find_resume_point
 from training.step import StepResult, evaluate, train_step
+from training.stop import RunStopped, StopRequest
 from training.validate import resolve_device, validate
 
 
@@ -115,8 +116,8 @@ def join_process_group(job: Job) -> Mesh:
 class Trainer:
     """One rank's run. `step` is the number of finished steps."""
 
-    def __init__(self, job: Job, mesh: Mesh) -> None:
-        self.job, self.mesh = job, mesh
+    def __init__(self, job: Job, mesh: Mesh, stop: StopRequest) -> None:
+        self.job, self.mesh, self.stop = job, mesh, stop
         precision, _ = make_precision(job.config.precision.name)
         self.replica = build_replica(job.config.model, job.schedule, mesh, precision, job.options)
         self.optimizer = make_optimizer(self.replica.stages, job.config.optim)
@@ -132,12 +133,19 @@ class Trainer:
         self.logger = self._make_logger() if mesh.rank == 0 else CompositeLogger([])
 
     def fit(self) -> float:
-        """Train to the configured step; returns the final validation loss in nats per token."""
+        """Train to the configured step; returns the final validation loss in nats per token.
+
+        Raises RunStopped, on all ranks after the same step, when one was asked to stop.
+        """
         config = self.job.config
         saved = self.step if self.job.resume is not None else None
         val_loss = None
         while self.step < config.steps:
             self._train_one_step()
+            if (stop := self.stop.agreed(self.mesh)) is not None:
+                if not stop.failed:
+                    self._save()
+                raise RunStopped(stop)
             val_loss = None
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 val_loss = self._validate()

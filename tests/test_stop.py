@@ -1,0 +1,72 @@
+"""A signal to any one rank ends the run in order: checkpoint after the step, exit code 0, and it goes on bit for bit."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from parallel.mesh import Layout, Mesh
+from tests.job import Job, checkpoints, losses, steps_done, write_text
+from tests.spawn import run_ranks
+from training.stop import Stop, StopRequest
+
+STEPS = 30
+LOOP = f"steps={STEPS} save_every=100 eval_every=10 sample_tokens=0 logger=none"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a little text, and the undisturbed run in `whole`."""
+    made = tmp_path_factory.mktemp("stop")
+    write_text(made)
+    with Job(made, "whole", LOOP) as job:
+        job.finish()
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_saves_and_ends_with_success(folder: Path, number: signal.Signals, victim: int) -> None:
+    run_dir = folder / number.name
+    with Job(folder, run_dir.name, LOOP) as job:
+        job.wait_until(lambda: steps_done(run_dir) >= 3)
+        job.rank(victim).send_signal(number)
+        done = steps_done(run_dir)
+        output = job.finish()
+    said = re.search(rf"stopped after step (\d+) \(rank {victim}: received {number.name}\)", output)
+    assert said is not None, output
+    assert done <= int(said[1]) <= done + 2, (done, said[0])
+    assert checkpoints(run_dir) == [f"step_{int(said[1]):08d}"]
+    with Job(folder, run_dir.name, LOOP) as job:
+        job.finish()
+    assert losses(run_dir) == losses(folder / "whole")
+
+
+def _ask(rank: int, world: int, wishes: list[str]) -> list[Stop | None]:
+    import torch.distributed as dist
+
+    mesh = Mesh(Layout(world, world, 1), rank, None, None, None, None, dist.group.WORLD)
+    request = StopRequest()
+    first = request.agreed(mesh)
+    if wishes[rank] == "leave":
+        request.leave("asked")
+    if wishes[rank] == "fail":
+        request.fail("no space")
+        request.leave("asked, but it is too late for a checkpoint")
+    return [first, request.agreed(mesh)]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "agreed"),
+    [
+        (["", "leave", "leave"], Stop("rank 1: asked", failed=False)),
+        (["leave", "", "fail"], Stop("rank 2: no space", failed=True)),
+        (["", "", ""], None),
+    ],
+)
+def test_all_ranks_agree(wishes: list[str], agreed: Stop | None) -> None:
+    assert run_ranks(3, _ask, wishes) == [[None, agreed]] * 3

@@ -1,0 +1,97 @@
+"""Ending a run early and in order: on a signal, or because the run's folder can no longer be written.
+
+A rank never leaves alone, for its peers would hang. It asks; after each step all ranks compare what was asked, and all
+leave after the same step. A signal (SIGTERM, SIGUSR1, SIGINT) asks for a checkpoint and exit code 0, a disk that is
+full for exit code 1 and what has been saved so far.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import Mesh
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+MARKER = "STOPPED_MARKER"  # environment variable: a file that tells launch/torchrun.sh that the run is not finished
+_NO, _LEAVE, _FAIL = range(3)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What the ranks agreed on. `failed`: the run cannot go on, and cannot save either."""
+
+    reason: str
+    failed: bool
+
+
+class RunStopped(Exception):
+    """The run ended before its last step, as all ranks agreed; what was to be saved is saved."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.reason)
+        self.stop = stop
+
+
+class StopRequest:
+    """What this rank asks for; the first reason of the most serious kind stays."""
+
+    def __init__(self) -> None:
+        self._asked = (_NO, "")  # one value, as a signal may come in between any two
+
+    def leave(self, reason: str) -> None:
+        """Ask for a checkpoint and the end. Safe in a signal handler."""
+        self._ask(_LEAVE, reason)
+
+    def fail(self, reason: str) -> None:
+        """Ask for the end without another checkpoint."""
+        self._ask(_FAIL, reason)
+
+    def _ask(self, wish: int, reason: str) -> None:
+        if wish > self._asked[0]:
+            self._asked = (wish, reason)
+
+    def agreed(self, mesh: Mesh) -> Stop | None:
+        """What is to be done if any rank has asked, the same on all; collective."""
+        mine = self._asked
+        worst = torch.tensor(mine[0])
+        if mesh.control is not None:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=mesh.control)
+        if not worst:
+            return None
+        asked: list[tuple[int, str]] = [mine] * mesh.layout.world
+        if mesh.control is not None:
+            dist.all_gather_object(asked, mine, group=mesh.control)
+        rank = next(rank for rank, (wish, _) in enumerate(asked) if wish == int(worst))
+        return Stop(f"rank {rank}: {asked[rank][1]}", failed=int(worst) == _FAIL)
+
+
+def stop_on_signals(request: StopRequest) -> None:
+    """From now on the first signal asks for a stop, and a second SIGINT ends this process at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, _end_at_once)
+        request.leave(f"received {name}")
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
+def mark_stopped(step: int) -> None:
+    """Tell launch/torchrun.sh, if it started this process, that the run stopped before its last step."""
+    marker = os.environ.get(MARKER)
+    if marker and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(marker).write_text(f"{step}\n")
