@@ -6,7 +6,6 @@ import re
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from parallel.mesh import Layout, Mesh
