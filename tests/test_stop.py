@@ -1,4 +1,4 @@
-"""A signal to any one rank ends the run in order: checkpoint after the step, exit code 0, and it goes on bit for bit."""
+"""A signal to any one rank ends the run in order: checkpoint after the step, exit code 0; it goes on bit for bit."""
 
 from __future__ import annotations
 
