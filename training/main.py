@@ -20,11 +20,10 @@ from parallel.rank_table import crossing, rank_table
 from training.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
 from training.config import Config
 from training.curve import draw_curve
+from training.outcome import BAD_CONFIG, FAILED, STOPPED, end_on_purpose
 from training.sample import sample_text
-from training.stop import RunStopped, Stop, StopRequest, mark_stopped, stop_on_signals
+from training.stop import RunStopped, Stop, StopRequest, stop_on_signals
 from training.trainer import Job, Trainer, join_process_group, prepare
-
-BAD_CONFIG, FAILED = 2, 1
 
 
 def run(config: Config) -> int:
@@ -37,7 +36,7 @@ def run(config: Config) -> int:
     except (ValueError, CheckpointError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_CONFIG
+        return end_on_purpose(BAD_CONFIG)
     trainer: Trainer | None = None
     try:
         if rank == 0:
@@ -58,8 +57,7 @@ def _train(job: Job, trainer: Trainer) -> int:
     except RunStopped as stopped:
         if trainer.mesh.rank == 0:
             _say_stopped(job, trainer, stopped.stop)
-        mark_stopped(trainer.step)
-        return FAILED if stopped.stop.failed else 0
+        return end_on_purpose(FAILED) if stopped.stop.failed else end_on_purpose(0, STOPPED)
     if trainer.mesh.rank == 0:
         _report(job, trainer, val_loss)
     return 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-MARKER = "STOPPED_MARKER"  # environment variable: a file that tells launch/torchrun.sh that the run is not finished
 _NO, _LEAVE, _FAIL = range(3)
 
 
@@ -88,10 +86,3 @@ def stop_on_signals(request: StopRequest) -> None:
 
 def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
-
-
-def mark_stopped(step: int) -> None:
-    """Tell launch/torchrun.sh, if it started this process, that the run stopped before its last step."""
-    marker = os.environ.get(MARKER)
-    if marker and os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(marker).write_text(f"{step}\n")
