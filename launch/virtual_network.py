@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ class VirtualNetwork:
     nodes: int
     megabits: float = 0
     socket_bytes: int | None = None
+    _mark: str = ""  # what the names of all parts begin with
     _undo: list[list[str]] = field(default_factory=list)  # commands that take back what was done
 
     def __enter__(self) -> VirtualNetwork:
@@ -68,6 +70,7 @@ class VirtualNetwork:
         if not 1 <= self.nodes <= 250:
             raise NetworkError(f"{self.nodes} virtual nodes: choose 1 to 250")
         remove_left_behind()
+        self._mark = _free_mark()
         try:
             self._build()
         except BaseException:
@@ -80,7 +83,7 @@ class VirtualNetwork:
 
     def name(self, node: int) -> str:
         """Of the namespace."""
-        return f"vn{os.getpid()}n{node}"
+        return f"{self._mark}n{node}"
 
     def hostname(self, node: int) -> str:
         return f"node{node}"
@@ -121,10 +124,10 @@ class VirtualNetwork:
         return [int(_sh("ip", "netns", "exec", self.name(n), "cat", counter)) for n in range(self.nodes)]
 
     def _port(self, node: int) -> str:
-        return f"vn{os.getpid()}v{node}"
+        return f"{self._mark}v{node}"
 
     def _build(self) -> None:
-        bridge = f"vn{os.getpid()}b"
+        bridge = f"{self._mark}b"
         self._undo.append(["ip", "link", "del", bridge])
         _sh("ip", "link", "add", bridge, "type", "bridge")
         _sh("ip", "link", "set", bridge, "mtu", str(MTU), "up")
@@ -167,7 +170,7 @@ class VirtualNetwork:
 
 def remove_left_behind() -> None:
     """Remove the networks of processes that are gone."""
-    pattern = re.compile(r"\b(vn(\d+)(?:n\d+|b|v\d+))\b")
+    pattern = re.compile(r"\b(vn(\d+)[a-z](?:n\d+|b|v\d+))\b")
     for kind, delete in (("netns", ("netns", "del")), ("link", ("link", "del"))):
         for name, pid in dict(pattern.findall(_sh("ip", "-o", kind, "list"))).items():
             if not Path(f"/proc/{pid}").exists():
@@ -175,6 +178,16 @@ def remove_left_behind() -> None:
                     _kill_all(name)
                     shutil.rmtree(SETTINGS / name, ignore_errors=True)
                 subprocess.run(["ip", *delete, name], capture_output=True, check=False)
+
+
+def _free_mark() -> str:
+    """This process may have several networks."""
+    marks = [f"vn{os.getpid()}{letter}" for letter in string.ascii_lowercase]
+    taken = _sh("ip", "-o", "link", "list")
+    for mark in marks:
+        if f"{mark}b" not in taken:
+            return mark
+    raise NetworkError(f"this process has {len(marks)} virtual networks already")
 
 
 def _processes(namespace: str) -> list[int]:

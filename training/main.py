@@ -22,7 +22,7 @@ from training.config import Config
 from training.curve import draw_curve
 from training.outcome import BAD_CONFIG, FAILED, STOPPED, end_on_purpose
 from training.sample import sample_text
-from training.stop import RunStopped, Stop, StopRequest, stop_on_signals
+from training.stop import RunStopped, Stop, StopRequest, ignore_signals, stop_on_signals
 from training.trainer import Job, Trainer, join_process_group, prepare
 
 
@@ -43,6 +43,7 @@ def run(config: Config) -> int:
             _announce_ranks(job)
         trainer = Trainer(job, join_process_group(job), stop)
         code = _train(job, trainer)
+        ignore_signals()
         _leave_together()
     except Exception:
         where = f"in step {trainer.step + 1}" if trainer is not None else "while starting"

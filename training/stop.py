@@ -84,5 +84,11 @@ def stop_on_signals(request: StopRequest) -> None:
         signal.signal(number, handle)
 
 
+def ignore_signals() -> None:
+    """From now on signals do nothing: the run is leaving. (Python itself gives up its handlers before a process ends.)"""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
