@@ -20,7 +20,7 @@ from parallel.rank_table import crossing, rank_table
 from training.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
 from training.config import Config
 from training.curve import draw_curve
-from training.outcome import BAD_CONFIG, FAILED, STOPPED, end_on_purpose
+from training.outcome import BAD_CONFIG, FAILED, STOPPED, end_on_purpose, launched_by_script
 from training.sample import sample_text
 from training.stop import RunStopped, Stop, StopRequest, ignore_signals, stop_on_signals
 from training.trainer import Job, Trainer, join_process_group, prepare
@@ -100,6 +100,8 @@ def resume_command(job: Job) -> str:
     """The command line that goes on with this run for as many steps again."""
     kept = [a for a in sys.argv[1:] if not a.startswith(("steps=", "run=", "resume="))]
     words = [f"run={job.config.run}", f"steps={2 * job.config.steps}", *kept]
+    if launched_by_script():
+        return shlex.join(["launch/torchrun.sh", *words])
     processes = os.environ.get("LOCAL_WORLD_SIZE", 1)
     return shlex.join([_torchrun(), f"--nproc-per-node={processes}", Path(sys.argv[0]).name, *words])
 
@@ -115,9 +117,14 @@ def _torchrun() -> str:
 def _say_stopped(job: Job, trainer: Trainer, stop: Stop) -> None:
     """All ranks have agreed to end early: why, and how to go on."""
     trainer.logger.close()
+    print(f"stopped after step {trainer.step} ({stop.reason}). {_way_on(job)}", file=sys.stderr, flush=True)
+
+
+def _way_on(job: Job) -> str:
     newest = list_checkpoints(job.checkpoints)[-1:]
-    saved = f"{newest[0]} is whole; the same command goes on from it" if newest else "nothing has been saved yet"
-    print(f"stopped after step {trainer.step} ({stop.reason}). {saved}.", file=sys.stderr, flush=True)
+    if not newest:
+        return f"There is no checkpoint in {job.checkpoints} yet; the same command starts afresh."
+    return f"The newest checkpoint in {job.checkpoints} is whole; the same command goes on from it ({newest[0].name})."
 
 
 def _leave_together() -> None:
@@ -128,6 +135,5 @@ def _leave_together() -> None:
 
 
 def _die(message: str, job: Job) -> NoReturn:
-    hint = f"The newest checkpoint in {job.checkpoints} is whole; the same command goes on from it."
-    print(f"{message}\n{hint}", file=sys.stderr, flush=True)
+    print(f"{message}\n{_way_on(job)}", file=sys.stderr, flush=True)
     os._exit(FAILED)

@@ -15,6 +15,10 @@ BAD_CONFIG, FAILED, DONE = 2, 1, 0
 STOPPED = "stopped"  # ended early and in order; the same command goes on
 
 
+def launched_by_script() -> bool:
+    return bool(os.environ.get("OUTCOME_FILE"))
+
+
 def end_on_purpose(code: int, word: str | None = None) -> int:
     """Report this ending; returns the exit code of this process."""
     path = os.environ.get("OUTCOME_FILE")
