@@ -85,7 +85,7 @@ def stop_on_signals(request: StopRequest) -> None:
 
 
 def ignore_signals() -> None:
-    """From now on signals do nothing: the run is leaving. (Python itself gives up its handlers before a process ends.)"""
+    """From now on signals do nothing: the run is leaving. (Python gives its handlers up before a process ends.)"""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
