@@ -11,9 +11,10 @@ under the dispatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model.attention import AttentionContext, LatentAttention
@@ -52,11 +53,11 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts of this rank, a contiguous range of the layer's. Parameters [local experts, ...]."""
+    """The routed experts of this rank, by their numbers in the layer. Parameters [local experts, ...]."""
 
-    def __init__(self, config: ModelConfig, experts: range, tools: Toolbox) -> None:
+    def __init__(self, config: ModelConfig, experts: Sequence[int], tools: Toolbox) -> None:
         super().__init__()
-        self.range = experts
+        self.numbers = tuple(experts)
         self.gate_up = GroupedLinear(len(experts), config.hidden_size, 2 * config.expert_ffn_size, tools)
         self.down = GroupedLinear(len(experts), config.expert_ffn_size, config.hidden_size, tools)
 
@@ -66,10 +67,13 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """index: the layer's global number; experts: the range that this rank holds; dense layers ignore it.
+    """index: the layer's global number; experts: the range of slots on this rank; dense layers ignore it.
 
+    Slot s of a layer holds expert s, unless `tools.placement` gives another order.
     label   what its segments are called: the index if not given
     """
+
+    slot_E: Tensor
 
     def __init__(
         self, config: ModelConfig, index: int, experts: range, tools: Toolbox, label: str | None = None
@@ -83,7 +87,11 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
         if self.is_moe:
             self.router = Router(config, tools)
-            self.experts = Experts(config, experts, tools)
+            order = tools.placement.get(index, range(config.num_experts))
+            self.experts = Experts(config, order[experts.start : experts.stop], tools)
+            slot_E = torch.empty(config.num_experts, dtype=torch.int64, device=tools.device)
+            slot_E[list(order)] = torch.arange(config.num_experts, device=tools.device)
+            self.register_buffer("slot_E", slot_E, persistent=False)
             self.shared = (
                 MLP(config.hidden_size, config.num_shared_experts * config.expert_ffn_size, tools)
                 if config.num_shared_experts
@@ -115,7 +123,7 @@ class Layer(nn.Module):
             x_TD = self.mlp_norm(h_BSD).flatten(0, 1)
             gates_TK, experts_TK, counts_C = self.router(x_TD, len(h_BSD), context.sequence_scale)
             self.router.record(counts_C)
-            return h_BSD, x_TD, gates_TK, experts_TK
+            return h_BSD, x_TD, gates_TK, self.slot_E[experts_TK]
 
         exchange = self.tools.dispatcher.open()
         h, x, gates, chosen = name("h"), name("x"), name("gates"), name("chosen")

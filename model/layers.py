@@ -6,7 +6,8 @@ created empty and filled by `model/init.py`, by global name, so that every layou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class Toolbox:
     """What the modules compute and communicate with; dtype and device are those of the parameters.
 
     balance   how routers are kept in balance besides their bias
+    placement   by layer, the order in which its experts are dealt out to the ranks; a layer that is not in it deals
+                them out as 0, 1, 2, …
     """
 
     precision: Precision
@@ -30,6 +33,7 @@ class Toolbox:
     param_dtype: torch.dtype = torch.float32
     device: str | torch.device = "cpu"
     balance: Balance = NO_BALANCE
+    placement: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.param_dtype, device=self.device))

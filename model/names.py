@@ -19,13 +19,13 @@ def named_tensors(stage: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
 
     Tensors of routed experts are views into the stacked parameter, so writing to them writes the model.
     """
-    ranges = {name: module.range for name, module in stage.named_modules() if isinstance(module, Experts)}
+    numbers = {name: module.numbers for name, module in stage.named_modules() if isinstance(module, Experts)}
     for local, tensor in stage.state_dict(keep_vars=True).items():
-        prefix = next((p for p in ranges if local.startswith(p + ".")), None)
+        prefix = next((p for p in numbers if local.startswith(p + ".")), None)
         if prefix is None:
             yield local, tensor, local
         else:
-            for expert, view in zip(ranges[prefix], tensor.detach(), strict=True):
+            for expert, view in zip(numbers[prefix], tensor.detach(), strict=True):
                 yield f"{prefix}.{expert}{local[len(prefix) :]}", view, local
 
 

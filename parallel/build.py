@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -40,6 +41,7 @@ class BuildOptions:
     """How to build: dtype of the parameters, device, layers per stage (None: equal), overlap, timeout of messages.
 
     balance   the routers' losses, and forced routing for benchmarks
+    placement   the order of the experts over the EP ranks, by layer (see Toolbox)
     """
 
     seed: int = 0
@@ -48,6 +50,7 @@ class BuildOptions:
     layers_per_stage: tuple[int, ...] | None = None
     overlap: bool = True
     balance: Balance = NO_BALANCE
+    placement: Mapping[int, Sequence[int]] = field(default_factory=dict)
     timeout: timedelta = timedelta(minutes=5)
 
 
@@ -86,7 +89,8 @@ def build_stages(
     share = config.num_experts // mesh.layout.ep
     experts = range(mesh.ep * share, (mesh.ep + 1) * share)
     dispatcher = RoutedDispatcher(mesh.expert, share)
-    tools = Toolbox(precision, queue, dispatcher, options.param_dtype, options.device, options.balance)
+    device, balance = options.device, options.balance
+    tools = Toolbox(precision, queue, dispatcher, options.param_dtype, device, balance, options.placement)
     layers = split_layers(config, schedule.num_stages, options.layers_per_stage)
     last = schedule.num_stages - 1
     stages: dict[int, ModelStage] = {}

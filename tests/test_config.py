@@ -120,6 +120,7 @@ BAD = [  # processes, command line, what the message must name
     (2, "parallel.layers_per_stage=[1,2]", ["parallel.layers_per_stage=[1, 2]", "model.num_layers=4"]),
     (2, "parallel.layers_per_stage=[0,4]", ["parallel.layers_per_stage=[0, 4]"]),
     (2, "parallel.layers_per_stage=[-1,5]", ["parallel.layers_per_stage=[-1, 5]"]),
+    (2, "parallel.placement=random", ["parallel.placement='random'", "loads"]),
     (2, "parallel.overlap=maybe", ["parallel.overlap='maybe'", "auto"]),
     (2, "schedule.name=foo", ["schedule.name='foo'", "dualpipe"]),
     (2, "precision.name=fp3", ["precision", "fp3"]),

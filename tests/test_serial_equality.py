@@ -48,6 +48,7 @@ class Case:
     steps: int = 3
     layers: tuple[int, ...] | None = None
     order: str = PP_ACROSS_NODES
+    placement: tuple[int, ...] = ()  # the order of the experts over the EP ranks, in every layer; () = 0, 1, …
     balance: tuple[float, float] = (0.0, 0.0)  # coefficients of the losses per sequence and per micro-batch
     config: ModelConfig = field(default_factory=lambda: CONFIG)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -131,6 +132,7 @@ def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> N
         param_dtype=case.dtype,
         layers_per_stage=case.layers,
         balance=Balance(*case.balance),
+        placement=dict.fromkeys(range(case.config.num_layers + 1), case.placement) if case.placement else {},
         timeout=timedelta(seconds=60),
     )
     replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
@@ -213,6 +215,7 @@ def both_precisions(cases: list[Case]) -> list[Case]:
 
 
 NO_COMPRESSION = replace(CONFIG, query_rank=0, num_shared_experts=0, groups_per_token=4, num_dense_layers=0)
+SHUFFLED = (5, 0, 3, 6, 1, 7, 2, 4)
 LOSSES = (0.3, 0.2)  # of the size of the token loss's own pull on the router, so that an error of theirs shows
 CASES = {
     1: [Case(1, schedule="one_f_one_b"), Case(1), Case(1, config=NO_COMPRESSION), Case(1, balance=LOSSES)],
@@ -224,12 +227,13 @@ CASES = {
         Case(2, config=NO_COMPRESSION),
         Case(2, balance=LOSSES),
         Case(1, ep=2, balance=LOSSES),
+        Case(1, ep=2, placement=SHUFFLED),
     ],
     4: [Case(4), Case(4, schedule="one_f_one_b"), Case(4, layers=(2, 1, 1, 1))]
     + [Case(2, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")],
     8: [Case(4, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")]
     + [Case(2, ep=4), Case(2, ep=2, order=EP_ACROSS_NODES), Case(1, ep=8)]
-    + [Case(4, ep=2, balance=LOSSES, config=replace(CONFIG, mtp_depth=1), steps=2)],
+    + [Case(4, ep=2, balance=LOSSES, placement=SHUFFLED, config=replace(CONFIG, mtp_depth=1), steps=2)],
 }
 
 

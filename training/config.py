@@ -33,6 +33,7 @@ class ParallelConfig:
     ep: int = 1  # ranks that share a layer's routed experts; divides the data-parallel ranks
     order: str = "pp_across_nodes"  # pp_across_nodes | ep_across_nodes: which of the two may leave a node
     layers_per_stage: list[int] = field(default_factory=list)  # [] = equal
+    placement: str = "in_order"  # in_order | loads: experts over the EP ranks by the loads recorded in the checkpoint
     overlap: str = "auto"  # on | off | auto (= on): interleave the two chunks of a pair
 
 

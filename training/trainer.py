@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from training.corpus import Corpus, prepare_corpus
 from training.data import BatchPlan, PackedDataset
 from training.loggers import CompositeLogger, ConsoleLogger, JsonlLogger, WandbLogger, new_run_id
 from training.optimizer import learning_rate, make_optimizer
+from training.placement import order_experts
 from training.recipe import value_at
 from training.resume import find_resume_point
 from training.step import StepResult, evaluate, train_step
@@ -119,18 +120,24 @@ class Trainer:
     def __init__(self, job: Job, mesh: Mesh, stop: StopRequest) -> None:
         self.job, self.mesh, self.stop = job, mesh, stop
         precision, _ = make_precision(job.config.precision.name)
-        self.replica = build_replica(job.config.model, job.schedule, mesh, precision, job.options)
+        state = checkpoint.read_run_state(job.resume) if job.resume is not None else None
+        expert_loads = state.expert_loads if state is not None else {}
+        order = None
+        if job.config.parallel.placement == "loads":
+            order = order_experts(job.config.model, job.layout.ep, expert_loads)
+        options = job.options if order is None else replace(job.options, placement=order.by_layer)
+        self.replica = build_replica(job.config.model, job.schedule, mesh, precision, options)
         self.optimizer = make_optimizer(self.replica.stages, job.config.optim)
         self.train_data, self.val_data = job.dataset("train"), job.dataset("val")
         self.step = 0
         self.wandb_id = new_run_id()
-        expert_loads: dict[str, list[int]] = {}
-        if job.resume is not None:
+        if job.resume is not None and state is not None:
             checkpoint.load(job.resume, self.replica.stages, self.optimizer, mesh)
-            state = checkpoint.read_run_state(job.resume)
-            self.step, self.wandb_id, expert_loads = state.step, state.wandb_id, state.expert_loads
+            self.step, self.wandb_id = state.step, state.wandb_id
         self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
         self.logger = self._make_logger() if mesh.rank == 0 else CompositeLogger([])
+        if order is not None:
+            self.logger.text(self.step, "expert placement", str(order))
 
     def fit(self) -> float:
         """Train to the configured step; returns the final validation loss in nats per token.

@@ -105,6 +105,7 @@ def _check_numbers(config: Config) -> None:
 def _check_choices(config: Config) -> None:
     choices = [
         ("parallel.overlap", config.parallel.overlap, ("auto", "on", "off")),
+        ("parallel.placement", config.parallel.placement, ("in_order", "loads")),
         ("logger.name", config.logger.name, ("wandb", "none")),
         ("logger.mode", config.logger.mode, ("offline", "online")),
         ("launch.device", config.launch.device, ("auto", "cpu", "cuda")),
