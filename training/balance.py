@@ -10,6 +10,7 @@ layer, without they are the worst layer's (entropy and nodes_per_token: the mean
     bias_spread        largest − smallest router bias
     dead_experts       experts that no token chose since the last evaluation (in validation: at all)
     nodes_per_token    nodes (expert groups) that a token visits, mean
+    bias_rate          γ of this step (without layers)
     loss               the balance losses, their coefficients included; no part of train/loss and val/loss
 
 As tables, row by layer: load [experts], bias [experts], node_share [groups] (share of tokens that visit a node).
@@ -26,9 +27,17 @@ from model.balance import Counts, max_violation
 from model.config import ModelConfig
 from parallel.balance import RouterTable
 from parallel.build import Replica
+from training.config import BalanceConfig
 from training.heatmap import HeatMap
+from training.recipe import value_at
 
 Loads = Mapping[str, list[int]]
+
+
+def bias_rate(config: BalanceConfig, tokens: int) -> float:
+    """γ of a step; `tokens` is how many were trained on before it."""
+    factor = value_at(config.bias_rate_schedule, tokens) if config.bias_rate_schedule else 1.0
+    return config.bias_rate * factor
 
 
 class BalanceMonitor:

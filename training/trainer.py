@@ -26,7 +26,7 @@ from parallel.build import BuildOptions, build_replica
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
 from training import checkpoint
-from training.balance import BalanceMonitor
+from training.balance import BalanceMonitor, bias_rate
 from training.checkpoint import RunState
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
@@ -34,7 +34,6 @@ from training.data import BatchPlan, PackedDataset
 from training.loggers import CompositeLogger, ConsoleLogger, JsonlLogger, WandbLogger, new_run_id
 from training.optimizer import learning_rate, make_optimizer
 from training.placement import order_experts
-from training.recipe import value_at
 from training.resume import find_resume_point
 from training.step import StepResult, evaluate, train_step
 from training.stop import RunStopped, StopRequest
@@ -167,17 +166,11 @@ class Trainer:
         started = time.perf_counter()
         batch = self._on_device(self.job.batch_plan.step_batch(self.train_data, self.step, self.mesh.dp))
         lr = learning_rate(config.optim, self.step, config.steps)
-        clip, bias_rate = config.optim.clip, self._bias_rate()
-        result = train_step(self.replica, self.optimizer, batch, lr, clip, bias_rate, config.loss)
+        clip, gamma = config.optim.clip, bias_rate(config.balance, self._tokens())
+        result = train_step(self.replica, self.optimizer, batch, lr, clip, gamma, config.loss)
         self.step += 1
-        balance = self.balance.after_step(self.step, result.counts)
+        balance = {"balance/bias_rate": gamma, **self.balance.after_step(self.step, result.counts)}
         self.logger.log(self.step, {**self._metrics(result, lr, time.perf_counter() - started), **balance})
-
-    def _bias_rate(self) -> float:
-        """γ of the coming step: the schedule counts the tokens trained on before it."""
-        balance = self.job.config.balance
-        factor = value_at(balance.bias_rate_schedule, self._tokens()) if balance.bias_rate_schedule else 1.0
-        return balance.bias_rate * factor
 
     def _tokens(self) -> int:
         """How many tokens the finished steps have trained on."""
