@@ -277,8 +277,8 @@ def own_words(errors: str) -> str:
         ("parallel.ep=2", "error: parallel.ep=2 does not divide"),
         ("data.path=/no/such/folder", "error: data.path=/no/such/folder does not exist"),
         ("schedule.micro_batches=2", "error: DualPipe on 2 ranks needs"),
-        ("nokey=1", "Could not override 'nokey'"),
-        ("steps=many", "Error merging override steps=many"),
+        ("nokey=1", "error: Could not override 'nokey'"),
+        ("steps=many", "error: Error merging override steps=many"),
     ],
 )
 def test_a_bad_override_ends_torchrun_with_one_message(override: str, message: str, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_bad_override_ends_torchrun_with_one_message(override: str, message: s
     assert words.startswith(message), errors
     assert words.count(message) == 1
     assert "Traceback" not in words
-    if message.startswith("error:"):
+    if "override" not in message:  # Hydra's own words take several lines
         assert len(words.splitlines()) == 1, words
     assert not list(tmp_path.iterdir()), "a refused configuration must leave nothing behind"
 

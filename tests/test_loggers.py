@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from dualpipe.schedules import make_schedule
+from training.config import Config
 from training.heatmap import HeatMap
 from training.loggers import (
     CompositeLogger,
@@ -24,6 +28,8 @@ from training.loggers import (
     new_run_id,
     status_line,
 )
+from training.run_logging import code_version, make_logger, show_plan
+from training.tensorboard import TensorBoardLogger, check_tensorboard
 
 METRICS = {
     "train/loss": 2.5,
@@ -292,3 +298,56 @@ def test_run_ids() -> None:
     ids = {new_run_id() for _ in range(200)}
     assert len(ids) == 200
     assert all(len(i) == 8 and i.isalnum() and i == i.lower() for i in ids)
+
+
+# --- TensorBoard ---
+
+
+def test_tensorboard_holds_all_kinds_and_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    picture = tmp_path / "curve.png"
+    Figure().savefig(picture)
+    for resume_step, last in ((0, 3), (1, 2)):
+        logger = TensorBoardLogger(tmp_path, resume_step)
+        for step in range(resume_step + 1, last + 1):
+            logger.log(step, {"train/loss": 10.0 * resume_step + step})
+        logger.text(last, "sample", "import \x1b os")
+        logger.image(last, "curve", picture)
+        logger.table(last, "balance/load", HeatMap(("layers.1",), [[1, 2, 3]]))
+        logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 12.0)]
+    assert {"curve", "balance/load"} <= set(events.Tags()["images"])
+    assert b"import \xc2\xb7 os" in events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0]
+
+
+def test_a_missing_tensorboard_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.tensorboard.PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tensorboard\]'"):
+        check_tensorboard()
+
+
+# --- what a run shows and keeps ---
+
+
+def test_the_plan_and_a_checkpoint_reach_wandb(wandb_home: Path, tmp_path: Path) -> None:
+    config = Config(run="kept")
+    config.logger.artifacts, config.logger.group = True, "the group"
+    logger, wandb = make_logger(config, wandb_home, 0, new_run_id())
+    assert wandb is not None and wandb.run_path is not None
+    show_plan(logger, wandb_home, "node  ranks", make_schedule("dualpipe", 2, 4))
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "weights").write_bytes(b"1234")
+    wandb.checkpoint(config.run, tmp_path / "step_1")
+    logger.close()
+    written = stored(wandb.run_path)
+    for word in (b"the group", b"code_version", b"kept", b"schedule"):
+        assert word in written, word
+    assert {"ranks", "schedule"} <= {name for row in rows(wandb_home / "metrics.jsonl") for name in row}
+    assert (wandb_home / "schedule.png").stat().st_size > 1000
+
+
+def test_the_code_version_is_that_of_the_repository() -> None:
+    assert re.fullmatch(r"unknown|[0-9A-Za-z.-]{7,}", code_version())

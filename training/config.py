@@ -59,17 +59,19 @@ class BalanceConfig:
 
 @dataclass
 class LoggerConfig:
-    name: str = "wandb"  # wandb | none; metrics.jsonl is always written
+    name: str = "wandb"  # wandb | tensorboard | wandb+tensorboard | none; metrics.jsonl is always written
     project: str = "dualpipe"
     mode: str = "offline"  # offline | online
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    artifacts: bool = False  # give W&B the last checkpoint
 
 
 @dataclass
 class LaunchConfig:
     device: str = "auto"  # auto | cpu | cuda
     timeout_seconds: float = 120.0  # after which a silent peer is given up
+    processes: int = 0  # of each job of a sweep (--multirun); 0 = PP · EP
     threads: int = 0  # CPU threads per process; 0 = cores divided by local processes
 
 

@@ -254,6 +254,8 @@ class WandbLogger:
         mode: WandbMode = "offline",
         config: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
+        group: str | None = None,
+        artifacts: bool = False,
         patience_s: float = 30.0,
     ) -> None:
         if mode not in ("offline", "online"):
@@ -261,7 +263,10 @@ class WandbLogger:
         self._run: Any = None
         self._warned: set[str] = set()
         self.run_path: Path | None = None  # the local folder, to give to `wandb sync`
-        settings = {"id": run_id, "project": project, "name": name, "config": dict(config or {}), "tags": list(tags)}
+        self._artifacts = artifacts
+        settings = {"project": project, "name": name, "group": group, "config": dict(config or {}), "tags": list(tags)}
+        if not os.environ.get("WANDB_SWEEP_ID"):  # the agent of a sweep has chosen the id
+            settings["id"] = run_id
         attempts: tuple[WandbMode, ...] = ("online", "offline") if mode == "online" else ("offline",)
         for attempt in attempts:
             if self._run is None:
@@ -284,6 +289,19 @@ class WandbLogger:
         run, self._run = self._run, None
         if run is not None:
             self._attempt("finish", run.finish)
+
+    def checkpoint(self, name: str, path: Path) -> None:
+        """Keep a checkpoint as an artifact of the run, if that was asked for."""
+
+        def send() -> None:
+            import wandb
+
+            artifact = wandb.Artifact(name, type="checkpoint")
+            artifact.add_dir(str(path))
+            self._run.log_artifact(artifact)
+
+        if self._artifacts and self._run is not None:
+            self._attempt("log the checkpoint", send)
 
     def _start(self, run_dir: Path, mode: WandbMode, patience_s: float, settings: dict[str, Any]) -> None:
         import wandb  # here, because it is slow to import and only one process of a run needs it

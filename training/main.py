@@ -21,6 +21,7 @@ from training.checkpoint import CheckpointError, checkpoint_path, list_checkpoin
 from training.config import Config
 from training.curve import draw_curve
 from training.outcome import BAD_CONFIG, FAILED, STOPPED, end_on_purpose, launched_by_script
+from training.run_logging import show_plan
 from training.sample import sample_text
 from training.stop import RunStopped, Stop, StopRequest, ignore_signals, stop_on_signals
 from training.trainer import Job, Trainer, join_process_group, prepare
@@ -39,9 +40,10 @@ def run(config: Config) -> int:
         return end_on_purpose(BAD_CONFIG)
     trainer: Trainer | None = None
     try:
-        if rank == 0:
-            _announce_ranks(job)
+        ranks = _announce_ranks(job) if rank == 0 else ""
         trainer = Trainer(job, join_process_group(job), stop)
+        if rank == 0 and trainer.step == 0 and config.logger.name != "none":  # drawing takes a second
+            show_plan(trainer.logger, job.run_dir, ranks, job.schedule)
         code = _train(job, trainer)
         ignore_signals()
         _leave_together()
@@ -64,15 +66,15 @@ def _train(job: Job, trainer: Trainer) -> int:
     return 0
 
 
-def _announce_ranks(job: Job) -> None:
-    """Where the ranks sit, and a warning if that is a slow place for them."""
-    if job.layout.world == 1:
-        return
+def _announce_ranks(job: Job) -> str:
+    """Print where the ranks sit, with a warning if that is a slow place for them; returns the table."""
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.layout.world))
-    print(rank_table(job.layout, job.schedule, ranks_per_node), flush=True)
     warning = crossing(job.layout, ranks_per_node).warning
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
+    table = rank_table(job.layout, job.schedule, ranks_per_node)
+    print(table, flush=True)
+    return table
 
 
 def _report(job: Job, trainer: Trainer, val_loss: float) -> None:
@@ -88,11 +90,14 @@ def _report(job: Job, trainer: Trainer, val_loss: float) -> None:
         trainer.logger.text(
             trainer.step, "sample", sample_text(path, "import ", config.sample_tokens, seed=config.seed)
         )
+    if trainer.wandb is not None:
+        trainer.wandb.checkpoint(config.run, path)
     trainer.logger.close()
     print(f"validation loss  {val_loss:.4f} nats per byte (uniform guessing: 5.55)")
     print(f"checkpoint       {path}")
     print(f"metrics          {metrics}")
-    print(f"W&B run          {trainer.wandb_path or 'off (logger=none)'}")
+    wandb_run = f"off (logger={config.logger.name})" if trainer.wandb is None else trainer.wandb.run_path
+    print(f"W&B run          {wandb_run}")
     print(f"resume           {resume_command(job)}", flush=True)
 
 

@@ -31,10 +31,11 @@ from training.checkpoint import RunState
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
 from training.data import BatchPlan, PackedDataset
-from training.loggers import CompositeLogger, ConsoleLogger, JsonlLogger, WandbLogger, new_run_id
+from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_optimizer
 from training.placement import order_experts
 from training.resume import find_resume_point
+from training.run_logging import make_logger
 from training.step import StepResult, evaluate, train_step
 from training.stop import RunStopped, StopRequest
 from training.validate import resolve_device, validate
@@ -134,7 +135,9 @@ class Trainer:
             checkpoint.load(job.resume, self.replica.stages, self.optimizer, mesh)
             self.step, self.wandb_id = state.step, state.wandb_id
         self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
-        self.logger = self._make_logger() if mesh.rank == 0 else CompositeLogger([])
+        self.logger, self.wandb = CompositeLogger([]), None
+        if mesh.rank == 0:
+            self.logger, self.wandb = make_logger(job.config, job.run_dir, self.step, self.wandb_id)
         if order is not None:
             self.logger.text(self.step, "expert placement", str(order))
 
@@ -215,24 +218,3 @@ class Trainer:
 
     def _on_device(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
         return [mb.to(self.job.device) for mb in batch]
-
-    def _make_logger(self) -> CompositeLogger:
-        config = self.job.config
-        self.job.run_dir.mkdir(parents=True, exist_ok=True)
-        jsonl = JsonlLogger(self.job.run_dir / "metrics.jsonl", self.step)
-        console = ConsoleLogger(config.steps, config.log_every)
-        if config.logger.name == "none":
-            return CompositeLogger([jsonl, console])
-        wandb = WandbLogger(
-            self.job.run_dir,
-            self.wandb_id,
-            config.logger.project,
-            name=config.run,
-            mode="online" if config.logger.mode == "online" else "offline",
-            config=to_dict(config),
-            tags=config.logger.tags,
-        )
-        self.wandb_path = wandb.run_path
-        return CompositeLogger([jsonl, console, wandb])
-
-    wandb_path: Path | None = None

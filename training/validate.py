@@ -20,6 +20,7 @@ from parallel.grads import mirrors
 from parallel.mesh import Layout
 from training.config import Config
 from training.recipe import check_pieces
+from training.tensorboard import check_tensorboard
 
 MAX_MICRO_BATCHES = 16_384  # what the tags of messages can number (dualpipe/p2p.py)
 
@@ -84,6 +85,7 @@ def _check_numbers(config: Config) -> None:
         ("balance.bias_rate", config.balance.bias_rate, 0, 1),
         ("balance.sequence_loss", config.balance.sequence_loss, 0, 100),
         ("balance.aux_loss", config.balance.aux_loss, 0, 100),
+        ("launch.processes", config.launch.processes, 0, 65_536),
         ("launch.threads", config.launch.threads, 0, 4096),
         ("schedule.micro_batches", config.schedule.micro_batches, 1, MAX_MICRO_BATCHES),
         ("parallel.pp", config.parallel.pp, 1, math.inf),
@@ -106,7 +108,7 @@ def _check_choices(config: Config) -> None:
     choices = [
         ("parallel.overlap", config.parallel.overlap, ("auto", "on", "off")),
         ("parallel.placement", config.parallel.placement, ("in_order", "loads")),
-        ("logger.name", config.logger.name, ("wandb", "none")),
+        ("logger.name", config.logger.name, ("wandb", "tensorboard", "wandb+tensorboard", "none")),
         ("logger.mode", config.logger.mode, ("offline", "online")),
         ("launch.device", config.launch.device, ("auto", "cpu", "cuda")),
         ("balance.force", config.balance.force, FORCES),
@@ -116,5 +118,7 @@ def _check_choices(config: Config) -> None:
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
     resolve_device(config.launch.device)
+    if "tensorboard" in config.logger.name:
+        check_tensorboard()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run):
         raise ValueError(f"run={config.run!r} must be a plain name of letters, digits, '.', '_' and '-'")
