@@ -108,7 +108,7 @@ def run(number: int, places: list[str]) -> Outcome:
         words = [*MODEL.split(), *SIZE.split(), *places, f"runs_dir={folder}/runs", "logger=none", *mutated(number)]
         process = context.Process(target=train, args=(words, folder), daemon=True)
         process.start()
-        process.join(WITHIN)
+        process.join(WITHIN * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))  # others use the cores too
         code = process.exitcode
         process.kill()
         process.join()
