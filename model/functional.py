@@ -31,7 +31,7 @@ class _Embed(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
         tokens, weight = ctx.tokens.reshape(-1), ctx.weight
         rows = dy.reshape(-1, dy.shape[-1])
-        ctx.queue.put(lambda: grad_of(weight).index_add_(0, tokens, rows.to(weight.dtype)))
+        ctx.queue.put(lambda: grad_of(weight).index_add_(0, tokens, rows.to(grad_of(weight).dtype)))
         return None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Puts one rank together: its stages, its pipeline, its gradient buffers."""
+"""Puts one rank together: its stages, its pipeline, its gradient buckets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from model.init import initialise
 from model.layers import Toolbox
 from model.precision import Precision
 from model.stage import ModelStage, StageShape
+from parallel.buckets import GradBucket, make_buckets
 from parallel.dispatch import RoutedDispatcher
-from parallel.grads import GradBuffer, make_buffers
 from parallel.mesh import Mesh
 
 
@@ -29,7 +29,7 @@ class Replica:
 
     stages: dict[int, ModelStage]
     pipeline: Runtime
-    buffers: list[GradBuffer]
+    buckets: list[GradBucket]
     precision: Precision
     mesh: Mesh
     schedule: Schedule
@@ -70,7 +70,7 @@ def build_replica(
         device=torch.device(options.device),
         timeout=options.timeout,
     )
-    return Replica(stages, pipeline, make_buffers(stages, schedule, mesh), precision, mesh, schedule, config)
+    return Replica(stages, pipeline, make_buckets(stages, mesh), precision, mesh, schedule, config)
 
 
 def build_stages(

@@ -26,7 +26,7 @@ from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import EP_ACROSS_NODES, PP_ACROSS_NODES, Layout, Mesh
 from tests.oracle import Oracle
 from tests.spawn import run_ranks
-from training.optimizer import OptimConfig, make_optimizer
+from training.optimizer import OptimConfig, make_update
 from training.step import train_step
 
 CONFIG = ModelConfig(
@@ -136,11 +136,11 @@ def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> N
         timeout=timedelta(seconds=60),
     )
     replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)
-    optimizer = make_optimizer(replica.stages, OPTIM)
+    update = make_update(replica, OPTIM)
     routers = RouterTable.create(replica.stages, schedule, mesh, case.config)
     for step, wanted in enumerate(oracle):
         mine = make_batch(step)[mesh.dp :: layout.dp]
-        result = train_step(replica, optimizer, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE, case.loss)
+        result = train_step(replica, update, mine, OPTIM.lr, OPTIM.clip, BIAS_RATE, case.loss)
         label = f"{case.schedule} pp={case.pp} ep={case.ep} dp={layout.dp} {case.dtype} step {step} rank {rank}"
         terms = {"loss": (result.loss, wanted.loss)}
         if case.loss.z_weight:

@@ -1,49 +1,59 @@
-"""Checkpoints: torch.distributed.checkpoint, atomic, every tensor once under its global name.
+"""Checkpoints: atomic, checked, every tensor once under its global name, loadable under any layout.
 
-    runs/<run>/checkpoints/step_00000100/     tensors of all ranks, and run.json: step, config, W&B run id
+    runs/<run>/checkpoints/step_00000100/
+        __0_0.distcp …   tensors of each rank (parallel/fragments.py)      .metadata   where each element is
+        run.json         step, data position, configuration, W&B run id    checksums.json, COMPLETE (integrity.py)
 
-A checkpoint is written aside as `.writing_…` and renamed when all ranks have finished and everything is on disk, so
-a folder called step_… is always whole. Names are global (`model/names.py`), so they say nothing about ranks.
+A checkpoint holds the FP32 master weights and router biases by name, the optimizer's moments as `exp_avg.<name>` …,
+the averaged weights as `ema.<name>` if there are any, and each rank's random state. Names say nothing about ranks
+(model/names.py), so it loads under any number of processes, schedule, ZeRO stage or precision. On the same layout a
+resumed run is bit-equal to one that never stopped; the data position is a number of samples.
 
-On the same layout a resumed run is bit-equal to one that never stopped: weights, Adam's moments and step count,
-router biases and every rank's random state come back; the data position is the step itself.
+`python -m training.checkpoint inspect PATH` prints what is inside.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 
-from model.names import named_tensors
+from parallel.fragments import Fragment, buffer_fragments, load_fragments, module_fragments, optimizer_fragments
 from parallel.mesh import Mesh
+from parallel.update import Update
+from training.integrity import check_contents, read_checksums
 
-_NAME = re.compile(r"step_(\d{8})")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NAME = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message says which and why."""
+    """A checkpoint cannot be used or written; the message says which and why."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run needs besides tensors: steps done, the configuration, the W&B run id, processes.
+    """What a run needs besides tensors.
 
+    step           optimizer steps asked for so far
+    samples        sequences read so far: the data position
+    tokens         tokens trained on so far: the clock of the recipe
+    updates        steps that changed the weights (a step with a gradient that is not finite does not)
+    world          processes that wrote it
     expert_loads   router counts by layer since the last evaluation (training/balance.py)
     """
 
     step: int
+    samples: int
+    tokens: int
+    updates: int
     config: dict[str, Any]
     wandb_id: str
     world: int
@@ -54,11 +64,33 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+def step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} is not called step_NNNNNNNN like a checkpoint")
+    return int(match[1])
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Everything that calls itself a checkpoint, oldest first, whole or not."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "run.json").is_file())
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def problem_of(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, as far as can be seen without reading its contents; None if it can."""
+    try:
+        read_checksums(path)
+        read_run_state(path)
+    except (ValueError, CheckpointError) as error:
+        return str(error)
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were finished and have all their files, oldest first."""
+    return [p for p in all_checkpoints(folder) if problem_of(p) is None]
 
 
 def read_run_state(path: Path) -> RunState:
@@ -68,109 +100,82 @@ def read_run_state(path: Path) -> RunState:
         raise CheckpointError(f"{path}/run.json cannot be read: {error}") from error
 
 
-def init_adam(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its Adam state now, so that there is something to load into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state.update({name: torch.zeros_like(parameter) for name in _MOMENTS})
+def run_fragments(stages: Mapping[int, nn.Module], update: Update, mesh: Mesh, owned: bool) -> Iterator[Fragment]:
+    """All tensors of a run on this rank; `owned`: only those that it saves."""
+    yield from optimizer_fragments(update.shards, owned)
+    yield from buffer_fragments(stages, mesh, owned)
 
 
-def tensors_of(stages: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Weights, router biases and Adam's moments by global name; loading into these tensors changes the run itself."""
-    tensors: dict[str, Tensor] = {}
-    for stage in stages:
-        parameters = dict(stage.named_parameters())
-        stacked = {local: dict.fromkeys(_MOMENTS, 0) for local in parameters}
-        for name, tensor, local in named_tensors(stage):
-            tensors[name] = tensor.detach()
-            if optimizer is None or local not in parameters:
-                continue
-            parameter = parameters[local]
-            for moment in _MOMENTS:
-                values = optimizer.state[parameter][moment]
-                if values.shape != tensor.shape:  # a routed expert: one slice of the stacked parameter
-                    index = stacked[local][moment]
-                    stacked[local][moment] += 1
-                    values = values[index]
-                tensors[f"{moment}.{name}"] = values
-    return tensors
+def random_state(rank: int) -> Fragment:
+    state = torch.get_rng_state()
+    return Fragment(f"random_state.{rank}", tuple(state.shape), 0, state)
 
 
-def save(
-    folder: Path, state: RunState, stages: Mapping[int, nn.Module], optimizer: torch.optim.Optimizer, mesh: Mesh
-) -> Path:
-    """Write a checkpoint; collective. Returns its path once it is whole."""
-    target = checkpoint_path(folder, state.step)
-    writing = folder / f".writing_{target.name}"
-    if mesh.rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    _barrier(mesh)
-    init_adam(optimizer)
-    tensors = tensors_of(stages.values(), optimizer)
-    tensors["adam_step"] = next(iter(optimizer.state.values()))["step"]
-    tensors[f"random_state.{mesh.rank}"] = torch.get_rng_state()
-    dcp.save(tensors, checkpoint_id=writing, process_group=mesh.control, no_dist=mesh.control is None)
-    if mesh.rank == 0:
-        (writing / "run.json").write_text(json.dumps(vars(state), indent=1))
-        for file in writing.iterdir():
-            _flush(file)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(writing, target)
-        _flush(folder)
-    _barrier(mesh)
-    return target
-
-
-def load(path: Path, stages: Mapping[int, nn.Module], optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
-    """Read a checkpoint into the stages and the optimizer; collective."""
-    init_adam(optimizer)
-    tensors = tensors_of(stages.values(), optimizer)
-    adam_step = torch.zeros((), dtype=torch.float32)
-    tensors["adam_step"] = adam_step
-    random_state = torch.get_rng_state()
-    same_world = read_run_state(path).world == mesh.layout.world
+def load(path: Path, stages: Mapping[int, nn.Module], update: Update, mesh: Mesh) -> RunState:
+    """Read a checkpoint into the stages and the optimizer; collective. Raises CheckpointError, alike on all ranks."""
+    verify_contents(path, mesh)
+    state = read_run_state(path)
+    fragments = list(run_fragments(stages, update, mesh, owned=False))
+    mine = random_state(mesh.rank)
+    same_world = state.world == mesh.layout.world
+    _read(path, [*fragments, mine] if same_world else fragments, mesh.control)
+    update.restore_counters(state.updates)
+    update.publish()
     if same_world:
-        tensors[f"random_state.{mesh.rank}"] = random_state
-    _read(path, tensors, mesh.control)
-    for state in optimizer.state.values():
-        state["step"].copy_(adam_step)
-    if same_world:
-        torch.set_rng_state(random_state)
+        torch.set_rng_state(mine.values)
+    return state
 
 
-def load_weights(path: Path, stage: nn.Module) -> None:
-    """Read weights and router biases into one module, in this process alone."""
-    _read(path, tensors_of([stage], None), None)
+def load_newest(
+    candidates: Sequence[Path], stages: Mapping[int, nn.Module], update: Update, mesh: Mesh
+) -> tuple[Path, RunState]:
+    """Load the newest of these checkpoints (oldest first) that is sound, and say so for each that is not; collective.
+
+    Raises CheckpointError if none is.
+    """
+    for path in reversed(candidates):
+        try:
+            return path, load(path, stages, update, mesh)
+        except CorruptCheckpointError as error:
+            if mesh.rank == 0:
+                print(f"{error}\nGoing on from the checkpoint before it.", file=sys.stderr, flush=True)
+    raise CheckpointError(f"none of the checkpoints can be used: {', '.join(str(p) for p in candidates)}")
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest checkpoints, and what a killed save left behind."""
-    for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
-    for torn in folder.glob(".writing_*"):
-        shutil.rmtree(torn)
+class CorruptCheckpointError(CheckpointError):
+    """Files of a checkpoint have changed since they were saved."""
 
 
-def _read(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def verify_contents(path: Path, mesh: Mesh) -> None:
+    """Compare the checksums of all files, each rank its part; collective, with one verdict for all."""
+    problem = None
     try:
-        dcp.load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
-    except Exception as error:  # DCP raises many kinds; each means that this checkpoint cannot be used
+        entries = read_checksums(path)
+        check_contents(path, entries, sorted(entries)[mesh.rank :: mesh.layout.world])
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems = [problem]
+    if mesh.control is not None:
+        problems = [None] * mesh.layout.world
+        dist.all_gather_object(problems, problem, group=mesh.control)
+    found = [p for p in problems if p is not None]
+    if found:
+        raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {found[0]}")
+
+
+def load_weights(path: Path, stage: nn.Module, averaged: bool = False) -> None:
+    """Read weights (`averaged`: their moving average) and router biases into one module, in this process alone."""
+    _read(path, list(module_fragments(stage, "ema." if averaged else "")), None)
+
+
+def _read(path: Path, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
+    try:
+        load_fragments(path, fragments, group)
+    except Exception as error:  # DCP raises many kinds; each means that this checkpoint cannot be used here
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
 
 
-def _barrier(mesh: Mesh) -> None:
-    if mesh.control is not None:
-        dist.barrier(group=mesh.control)
+if __name__ == "__main__":
+    from training.inspect_checkpoint import main
 
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sys.exit(main())

@@ -96,6 +96,7 @@ class Config:
     eval_batches: int = 2  # global batches of validation text
     save_every: int = 100
     keep_last: int = 2  # checkpoints
+    keep_every: int = 0  # also keep those whose step is a multiple of this; 0 = none
     log_every: int = 10
     sample_tokens: int = 160  # length of the text sample at the end; 0 = none
 

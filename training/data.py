@@ -105,10 +105,13 @@ class BatchPlan:
         return [range(first, first + size) for first in firsts]
 
     def step_batch(self, dataset: PackedDataset, step: int, dp_rank: int = 0) -> list[MicroBatch]:
-        """What one DP rank trains on in the given step, counted from 0."""
+        """What one DP rank trains on in the given step, counted from 0, if all steps are of this size."""
         if step < 0:
             raise ValueError(f"step={step} must not be negative")
-        first = step * self.global_batch_size
+        return self.batch_at(dataset, step * self.global_batch_size, dp_rank)
+
+    def batch_at(self, dataset: PackedDataset, first: int, dp_rank: int = 0) -> list[MicroBatch]:
+        """What one DP rank trains on in the step that begins with sample `first` of the training stream."""
         return [dataset.micro_batch([dataset.row_of(first + i) for i in piece]) for piece in self.pieces(dp_rank)]
 
     def validation_batch(self, dataset: PackedDataset, dp_rank: int = 0) -> list[MicroBatch]:

@@ -46,6 +46,7 @@ def run(config: Config) -> int:
             show_plan(trainer.logger, job.run_dir, ranks, job.schedule)
         code = _train(job, trainer)
         ignore_signals()
+        trainer.close()
         _leave_together()
     except Exception:
         where = f"in step {trainer.step + 1}" if trainer is not None else "while starting"

@@ -1,17 +1,18 @@
 """AdamW with the report's hyper-parameters, and the learning rate as a pure function of the step (report 4.2).
 
-Matrices and the embedding decay, norms do not. The parameters are the FP32 master weights, so torch's own AdamW
-does the whole work; the order of the parameters is that of the global names, the same on all copies.
+Matrices and the embedding decay, norms do not. The optimizer works on whole buckets (parallel/buckets.py), in FP32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-from torch import nn
+from parallel.build import Replica
+from parallel.update import FlatOptimizer, ParamGroup, ReplicatedUpdate, Update
+from parallel.zero import ShardedUpdate, check_deepspeed
+from training.adamw import AdamW, LowPrecisionAdamW
 
 
 @dataclass
@@ -27,6 +28,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0  # global gradient norm; 0 = no clipping
+    zero: int = 0  # 1: optimizer state is shared out among the copies of a parameter, through DeepSpeed
+    moments: str = "fp32"  # fp32 | bf16 (stochastically rounded)
 
     def check(self) -> None:
         """Raise ValueError, naming the override, for values that cannot train."""
@@ -40,6 +43,12 @@ class OptimConfig:
         for name in ("warmup_steps", "weight_decay", "clip", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 or more")
+        if self.zero not in (0, 1):
+            raise ValueError(f"optim.zero={self.zero} is unknown; choose 0 or 1")
+        if self.zero == 1:
+            check_deepspeed()
+        if self.moments not in ("fp32", "bf16"):
+            raise ValueError(f"optim.moments={self.moments!r} is unknown; choose fp32 or bf16")
         if not 0 <= self.constant_fraction <= 1:
             raise ValueError(f"optim.constant_fraction={self.constant_fraction} must be in [0, 1]")
 
@@ -54,12 +63,19 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr_final + (config.lr - config.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(stages: Mapping[int, nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """One AdamW over all stages of this rank. Gradients are set beforehand (parallel/grads.py) and kept."""
-    each_once = dict.fromkeys(p for number in sorted(stages) for p in stages[number].parameters())
-    parameters = list(each_once)
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+def make_update(replica: Replica, config: OptimConfig, seed: int = 0) -> Update:
+    """The optimizer of a rank over its gradient buckets; collective.
+
+    One process has nothing to share its state with, so there `zero=1` is plain too.
+    """
+    kind = ShardedUpdate if config.zero == 1 and replica.mesh.layout.world > 1 else ReplicatedUpdate
+    return kind(replica.buckets, replica.mesh, partial(make_adamw, config, seed))
+
+
+def make_adamw(config: OptimConfig, seed: int, groups: list[ParamGroup]) -> FlatOptimizer:
+    for group in groups:
+        group["weight_decay"] = config.weight_decay if group["bucket"].decays else 0.0
+    betas = (config.beta1, config.beta2)
+    if config.moments == "bf16":
+        return LowPrecisionAdamW(groups, betas, config.eps, seed)
+    return AdamW(groups, betas, config.eps)

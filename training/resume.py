@@ -1,4 +1,4 @@
-"""Where does a run start? At its newest checkpoint, if that belongs to the same experiment.
+"""Where does a run start? At its newest sound checkpoint, if that belongs to the same experiment.
 
 The layout may change between the two, names are global. What may not change under a run's feet is what it learns
 and from what: the model, the text, its order, and the size of the global batch, on which the data position rests.
@@ -6,11 +6,13 @@ and from what: the model, the text, its order, and the size of the global batch,
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from parallel.mesh import Layout
-from training.checkpoint import list_checkpoints, read_run_state
+from training.checkpoint import CheckpointError, all_checkpoints, problem_of, read_run_state
 from training.config import Config, to_dict
 
 _FIXED = ("model", "seed", "data.path", "data.seq_len", "data.val_fraction")
@@ -19,16 +21,18 @@ _FIXED = ("model", "seed", "data.path", "data.seq_len", "data.val_fraction")
 def find_resume_point(config: Config, layout: Layout) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start.
 
-    Raises ValueError if the run's checkpoints belong to a different experiment, or exist although resume=never.
+    Raises ValueError if the run's checkpoints belong to a different experiment, or exist although resume=never, and
+    CheckpointError if there are some but none is usable.
     """
-    found = list_checkpoints(Path(config.runs_dir) / config.run / "checkpoints")
+    folder = Path(config.runs_dir) / config.run / "checkpoints"
+    found = all_checkpoints(folder)
     if not found:
         return None
     if config.resume == "never":
         raise ValueError(
             f"{config.runs_dir}/{config.run} already has checkpoints; choose another run=NAME, or resume=auto to go on"
         )
-    newest = found[-1]
+    newest = newest_sound(found)
     state = read_run_state(newest)
     ours = to_dict(config)
     for key in _FIXED:
@@ -43,6 +47,23 @@ def find_resume_point(config: Config, layout: Layout) -> Path | None:
             f"schedule.micro_batches × data.micro_batch_size × data-parallel ranks {before}, or choose another run=NAME"
         )
     return newest
+
+
+def newest_sound(found: list[Path]) -> Path:
+    """The newest of these checkpoints (oldest first) that looks whole; says on rank 0 which ones do not, and why.
+
+    Raises CheckpointError if none does. Looks at names and sizes only; contents are compared when it is loaded.
+    """
+    for path in reversed(found):
+        problem = problem_of(path)
+        if problem is None:
+            return path
+        if os.environ.get("RANK", "0") == "0":
+            print(f"checkpoint {path} is skipped: {problem}", file=sys.stderr, flush=True)
+    raise CheckpointError(
+        f"no checkpoint in {found[0].parent} can be used; move that folder away to start afresh, or choose another "
+        f"run=NAME"
+    )
 
 
 def global_batch(config: dict[str, Any], world: int) -> int:

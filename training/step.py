@@ -1,6 +1,6 @@
 """One optimizer step, the same on every rank and for every layout.
 
-count targets → pipeline (forward, backward) → sum gradients over copies → norm → clip → AdamW → router biases
+count targets → pipeline (forward, backward) → sum gradients over copies → norm → clip → optimizer → router biases
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from model.batch import MicroBatch
 from model.loss import LossConfig
 from parallel.balance import take_counts, update_biases
 from parallel.build import Replica
-from parallel.grads import clip_gradients, gradient_norm, reduce_gradients
 from parallel.mesh import Mesh
+from parallel.update import Update
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stopwatch:
 
 def train_step(
     replica: Replica,
-    optimizer: torch.optim.Optimizer,
+    update: Update,
     micro_batches: Sequence[MicroBatch],
     lr: float,
     clip: float,
@@ -68,20 +68,16 @@ def train_step(
     """Train on this rank's micro-batches: all those of its pipeline."""
     mesh = replica.mesh
     scales = loss_scales(micro_batches, replica.config.mtp_depth, loss_config or LossConfig(), mesh)
-    for buffer in replica.buffers:
-        buffer.flat.zero_()
+    update.zero_gradients()
     watch = Stopwatch()
     losses = replica.pipeline.step([replace(mb, **scales.fields) for mb in micro_batches])
     watch.lap("pipeline")
-    reduce_gradients(replica.buffers)
-    norm = gradient_norm(replica.buffers, mesh)
+    update.finish_reduction()
+    norm = update.gradient_norm()
     watch.lap("reduce")
     skipped = not math.isfinite(norm)
     if not skipped:
-        clip_gradients(replica.buffers, norm, clip)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+        update.step(lr, clip / norm if 0 < clip < norm else 1.0)
         replica.precision.refresh()
     counts = take_counts(replica.stages, mesh)
     if not skipped:

@@ -25,14 +25,16 @@ from model.precision import make_precision
 from parallel.build import BuildOptions, build_replica
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
+from parallel.zero import load_deepspeed
 from training import checkpoint
 from training.balance import BalanceMonitor, bias_rate
 from training.checkpoint import RunState
+from training.checkpoint_writer import CheckpointWriter
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
 from training.data import BatchPlan, PackedDataset
 from training.loggers import CompositeLogger, new_run_id
-from training.optimizer import learning_rate, make_optimizer
+from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
 from training.resume import find_resume_point
 from training.run_logging import make_logger
@@ -107,6 +109,8 @@ def join_process_group(job: Job) -> Mesh:
     torch.set_num_threads(max(1, threads))
     timeout = timedelta(seconds=job.config.launch.timeout_seconds)
     if job.layout.world > 1:
+        if job.config.optim.zero:
+            load_deepspeed(job.device)
         if job.device.type == "cuda":
             torch.cuda.set_device(job.device)
         dist.init_process_group("nccl" if job.device.type == "cuda" else "gloo", timeout=timeout)
@@ -127,14 +131,14 @@ class Trainer:
             order = order_experts(job.config.model, job.layout.ep, expert_loads)
         options = job.options if order is None else replace(job.options, placement=order.by_layer)
         self.replica = build_replica(job.config.model, job.schedule, mesh, precision, options)
-        self.optimizer = make_optimizer(self.replica.stages, job.config.optim)
+        self.update = make_update(self.replica, job.config.optim, job.config.seed)
         self.train_data, self.val_data = job.dataset("train"), job.dataset("val")
-        self.step = 0
+        self.step = self.samples = self.tokens = 0
         self.wandb_id = new_run_id()
-        if job.resume is not None and state is not None:
-            checkpoint.load(job.resume, self.replica.stages, self.optimizer, mesh)
-            self.step, self.wandb_id = state.step, state.wandb_id
+        if job.resume is not None:
+            expert_loads = self._resume(job.resume)
         self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
+        self.writer = CheckpointWriter(job.checkpoints, mesh, job.config.keep_last, job.config.keep_every)
         self.logger, self.wandb = CompositeLogger([]), None
         if mesh.rank == 0:
             self.logger, self.wandb = make_logger(job.config, job.run_dir, self.step, self.wandb_id)
@@ -154,6 +158,7 @@ class Trainer:
             if (stop := self.stop.agreed(self.mesh)) is not None:
                 if not stop.failed:
                     self._save()
+                    self.writer.wait()
                 raise RunStopped(stop)
             val_loss = None
             if self.step % config.eval_every == 0 or self.step == config.steps:
@@ -162,22 +167,29 @@ class Trainer:
                 saved = self._save()
         if saved != self.step:
             self._save()
-        return self._validate() if val_loss is None else val_loss
+        val_loss = self._validate() if val_loss is None else val_loss
+        self.writer.wait()
+        return val_loss
+
+    def close(self) -> None:
+        """Let go of everything that must be gone before the process group."""
+        self.writer.close()
+        self.update.close()
 
     def _train_one_step(self) -> None:
         config = self.job.config
         started = time.perf_counter()
-        batch = self._on_device(self.job.batch_plan.step_batch(self.train_data, self.step, self.mesh.dp))
+        self.writer.poll()
+        plan = self.job.batch_plan
+        batch = self._on_device(plan.batch_at(self.train_data, self.samples, self.mesh.dp))
         lr = learning_rate(config.optim, self.step, config.steps)
-        clip, gamma = config.optim.clip, bias_rate(config.balance, self._tokens())
-        result = train_step(self.replica, self.optimizer, batch, lr, clip, gamma, config.loss)
+        clip, gamma = config.optim.clip, bias_rate(config.balance, self.tokens)
+        result = train_step(self.replica, self.update, batch, lr, clip, gamma, config.loss)
         self.step += 1
+        self.samples += plan.global_batch_size
+        self.tokens += plan.global_batch_size * config.data.seq_len
         balance = {"balance/bias_rate": gamma, **self.balance.after_step(self.step, result.counts)}
         self.logger.log(self.step, {**self._metrics(result, lr, time.perf_counter() - started), **balance})
-
-    def _tokens(self) -> int:
-        """How many tokens the finished steps have trained on."""
-        return self.step * self.job.batch_plan.global_batch_size * self.job.config.data.seq_len
 
     def _metrics(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         tokens = self.job.batch_plan.global_batch_size * self.job.config.data.seq_len
@@ -185,7 +197,7 @@ class Trainer:
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
             "train/lr": lr,
-            "train/tokens": float(self._tokens()),
+            "train/tokens": float(self.tokens),
             "train/tokens_per_second": tokens / seconds,
             "train/skipped": float(result.skipped),
             **{f"seconds/{phase}": value for phase, value in result.seconds.items()},
@@ -209,12 +221,25 @@ class Trainer:
         return loss
 
     def _save(self) -> int:
-        loads = self.balance.recorded()
-        state = RunState(self.step, to_dict(self.job.config), self.wandb_id, self.job.layout.world, loads)
-        checkpoint.save(self.job.checkpoints, state, self.replica.stages, self.optimizer, self.mesh)
-        if self.mesh.rank == 0:
-            checkpoint.prune(self.job.checkpoints, self.job.config.keep_last)
+        """Start saving; training goes on while the files are written."""
+        state = RunState(
+            self.step, self.samples, self.tokens, self.update.updates, to_dict(self.job.config), self.wandb_id,
+            self.job.layout.world, self.balance.recorded(),
+        )  # fmt: skip
+        fragments = checkpoint.run_fragments(self.replica.stages, self.update, self.mesh, owned=True)
+        pause = self.writer.save(state, [*fragments, checkpoint.random_state(self.mesh.rank)])
+        self.logger.log(self.step, {"checkpoint/pause_seconds": pause})
         return self.step
+
+    def _resume(self, newest: Path) -> dict[str, list[int]]:
+        """Load the newest sound checkpoint up to this one; returns the router counts that it holds."""
+        candidates = [
+            p for p in checkpoint.list_checkpoints(newest.parent) if checkpoint.step_of(p) <= checkpoint.step_of(newest)
+        ]
+        _, state = checkpoint.load_newest(candidates, self.replica.stages, self.update, self.mesh)
+        self.step, self.samples, self.tokens = state.step, state.samples, state.tokens
+        self.wandb_id = state.wandb_id
+        return state.expert_loads
 
     def _on_device(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
         return [mb.to(self.job.device) for mb in batch]
