@@ -5,7 +5,8 @@
 The quickstart's model (with more experts) and batch in one process with one thread. The whole is a step of training
 as it is, metrics and loggers included. Each piece is what would not be done without metrics:
 
-    counting     per micro-batch and layer, all counts less the bincount of loads that the router bias needs anyway
+    counting     per micro-batch and layer, normalising the scores and all counts, less the bincount of loads that
+                 the router bias needs anyway
     gathering    per step, from the counts to the named numbers
     logging      per step, writing them (metrics.jsonl, and W&B offline) less writing the other numbers alone
     tables       per validation, loads, biases and node shares of all layers with their heat maps; a validation comes
@@ -111,10 +112,15 @@ def main() -> None:
         step_ms = median_ms(whole_step, options.rounds)
         metrics = monitor.after_step(1, counts)
         tokens = SEQUENCES * LENGTH
-        share_TE = torch.rand(tokens, config.num_experts).softmax(-1)
+        scores_TE = torch.rand(tokens, config.num_experts)
         experts_TK = torch.rand(tokens, config.num_experts).topk(config.experts_per_token).indices
         none = torch.zeros(())
-        all_counts = median_ms(lambda: count(experts_TK, share_TE, config.num_groups, none), 200)
+
+        def count_all() -> torch.Tensor:
+            share_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+            return count(experts_TK, share_TE, config.num_groups, none)
+
+        all_counts = median_ms(count_all, 200)
         loads = median_ms(lambda: torch.bincount(experts_TK.flatten(), minlength=config.num_experts), 200)
         all_metrics = {**OTHER_METRICS, **metrics}
         pieces = {
