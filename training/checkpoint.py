@@ -111,13 +111,18 @@ def random_state(rank: int) -> Fragment:
     return Fragment(f"random_state.{rank}", tuple(state.shape), 0, state)
 
 
-def load(path: Path, stages: Mapping[int, nn.Module], update: Update, mesh: Mesh) -> RunState:
-    """Read a checkpoint into the stages and the optimizer; collective. Raises CheckpointError, alike on all ranks."""
+def load(
+    path: Path, stages: Mapping[int, nn.Module], update: Update, mesh: Mesh, random_states: bool = True
+) -> RunState:
+    """Read a checkpoint into the stages and the optimizer; collective. Raises CheckpointError, alike on all ranks.
+
+    Random states are read if as many processes as now wrote them, unless `random_states` is False.
+    """
     verify_contents(path, mesh)
     state = read_run_state(path)
     fragments = list(run_fragments(stages, update, mesh, owned=False))
     mine = random_state(mesh.rank)
-    same_world = state.world == mesh.layout.world
+    same_world = random_states and state.world == mesh.layout.world
     _read(path, [*fragments, mine] if same_world else fragments, mesh.control)
     update.restore_counters(state.updates)
     update.publish()
