@@ -12,7 +12,7 @@ This is the engine for stages that are cut into segments; `pipeline.py` puts pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from dualpipe.execution import Lap, Mode, Pass, Task, Tools, make_mode
 from dualpipe.fill import IdleMeter, fill_idle
 from dualpipe.lanes import lanes_for
 from dualpipe.p2p import P2P, Links, PeerLostError, Transport
-from dualpipe.schedule import Schedule, Step
+from dualpipe.schedule import Kind, Schedule, Step, parts
 from dualpipe.stage import Stage
 from dualpipe.timeline import COMPUTE, WAITS, Span
 from dualpipe.validate import validate
@@ -95,12 +95,18 @@ class Runtime:
         validate(schedule, forward_only=True)
         return make_mode(schedule, self._rank, training=False)
 
-    def step(self, micro_batches: Sequence[Any]) -> dict[int, Tensor]:
-        """Forward and backward of all micro-batches. Returns the losses that arose on this rank, by micro-batch."""
+    def step(
+        self, micro_batches: Sequence[Any], on_stage_done: Callable[[int], None] | None = None
+    ) -> dict[int, Tensor]:
+        """Forward and backward of all micro-batches. Returns the losses that arose on this rank, by micro-batch.
+
+        `on_stage_done(stage)` is called as soon as the stage's last weight gradient has been added, while others may
+        still be at work: its gradients are final.
+        """
         row: Sequence[Step] = self._training.row
         if self._fill:
             row = fill_idle(row, self._meter.idle, self._meter.weights)
-        done = self._run(self._training, row, micro_batches)
+        done = self._run(self._training, row, micro_batches, on_stage_done)
         self._measure(row, done.laps)
         return done.losses
 
@@ -109,17 +115,27 @@ class Runtime:
         mode = self._evaluation
         return self._run(mode, mode.row, micro_batches).losses
 
-    def _run(self, mode: Mode, row: Sequence[Step], micro_batches: Sequence[Any]) -> Pass:
+    def _run(
+        self,
+        mode: Mode,
+        row: Sequence[Step],
+        micro_batches: Sequence[Any],
+        on_stage_done: Callable[[int], None] | None = None,
+    ) -> Pass:
         expected = mode.schedule.num_micro_batches
         if len(micro_batches) != expected:
             raise ValueError(f"{mode.schedule.name} was made for {expected} micro-batches; got {len(micro_batches)}")
         run = Pass(mode, self._stages, micro_batches, self._transport, self._tools)
         tasks = [mode.tasks[step] for step in row]
+        final = final_stages(row) if on_stage_done is not None else {}
         task: Task | None = None
         try:
             with torch.no_grad():  # chunks switch gradients on where they build their graphs
-                for task in tasks:
+                for index, task in enumerate(tasks):
                     run.run(task)
+                    if on_stage_done is not None:
+                        for stage in final.get(index, ()):
+                            on_stage_done(stage)
             task = None
             self._transport.finish()
         except Exception as error:
@@ -151,3 +167,12 @@ class Runtime:
         for message, begin, until in lap.waits:
             start = self._tools.clock.seconds(origin, begin)
             self.spans.append(Span(self._rank, WAITS, str(message), start, self._tools.clock.seconds(origin, until)))
+
+
+def final_stages(row: Sequence[Step]) -> dict[int, list[int]]:
+    """Which stages' gradients are final after which step of a rank's row: after their last W or B."""
+    last = {a.stage: i for i, step in enumerate(row) for a in parts(step) if a.kind in (Kind.W, Kind.B)}
+    final: dict[int, list[int]] = {}
+    for stage, index in last.items():
+        final.setdefault(index, []).append(stage)
+    return final

@@ -10,7 +10,9 @@ checkpoint says nothing about ranks. The true shapes travel in DCP's metadata.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -117,16 +120,30 @@ def whole(name: str, tensor: Tensor) -> Fragment:
 
 
 def save_fragments(path: Path, fragments: Sequence[Fragment], group: dist.ProcessGroup | None) -> None:
-    """Write this rank's fragments; collective over `group`. Raises if an element would be written twice or never."""
-    dcp.save({"fragments": list(fragments)}, checkpoint_id=path, planner=_Saving(), process_group=group,
-             no_dist=group is None)  # fmt: skip
+    """Write this rank's fragments; collective. Raises RuntimeError if an element would be written twice or never."""
+    with _plain_errors():
+        dcp.save({"fragments": list(fragments)}, checkpoint_id=path, planner=_Saving(), process_group=group,
+                 no_dist=group is None)  # fmt: skip
 
 
 def load_fragments(path: Path, fragments: Sequence[Fragment], group: dist.ProcessGroup | None) -> None:
-    """Fill this rank's fragments; collective over `group`. Raises KeyError or ValueError, with the name, if one does
-    not fit what was saved. Types are converted."""
-    dcp.load({"fragments": list(fragments)}, checkpoint_id=path, planner=_Loading(), process_group=group,
-             no_dist=group is None)  # fmt: skip
+    """Fill this rank's fragments; collective over `group`. Raises RuntimeError, with the name, if one does not fit
+    what was saved. Types are converted."""
+    with _plain_errors():
+        dcp.load({"fragments": list(fragments)}, checkpoint_id=path, planner=_Loading(), process_group=group,
+                 no_dist=group is None)  # fmt: skip
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """DCP wraps the errors of all ranks with their tracebacks; raise the first one itself, on every rank."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch.distributed is disabled.*")  # one process is meant
+        try:
+            yield
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+            raise RuntimeError(f"on rank {rank}: {cause}") from error
 
 
 @dataclass(frozen=True)
@@ -201,7 +218,7 @@ class _Loading(LoadPlanner):
         for fragment in self.fragments.values():
             stored = self.metadata.state_dict_metadata.get(fragment.name)
             if not isinstance(stored, TensorStorageMetadata):
-                raise KeyError(f"{fragment.name} is not in the checkpoint")
+                raise ValueError(f"{fragment.name} is not in the checkpoint")
             saved_shape = tuple(self.metadata.planner_data[fragment.name])
             if saved_shape != fragment.shape:
                 raise ValueError(f"{fragment.name} was saved with shape {saved_shape}; needed is {fragment.shape}")

@@ -1,9 +1,9 @@
 """What happens to the gradients of a step: summed over copies, measured, and turned into new weights.
 
-    start_reduction(bucket) …   as soon as a bucket is final, also while the pipeline still works on others
-    finish_reduction()          wait for all of them
-    gradient_norm(mesh)         of the whole model, the same number on every rank
-    step(rate, scale)           the optimizer, on the gradients times `scale`
+    stage_done(stage) …    a stage's gradients are final: their sum starts, under the rest of the pipeline
+    finish_reduction()     wait for all of them
+    gradient_norm()        of the whole model, the same number on every rank
+    step(rate, scale)      the optimizer, on the gradients times `scale`
 
 Two ways to do it. `ReplicatedUpdate` (ZeRO stage 0): every copy sums everything and updates everything.
 `parallel.zero.ShardedUpdate` (ZeRO stage 1): every copy gets the sum of its own share only, updates that share, and
@@ -13,6 +13,7 @@ are summed and never averaged.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,11 @@ class Update(ABC):
         self.buckets = tuple(buckets)
         self.mesh = mesh
         self.updates = 0
+        self.record = False
+        self.spans: list[tuple[str, float, float, float]] = []  # label, start, start and end of waiting: host seconds
         self._works: dict[int, Any] = {}
+        self._started: dict[int, float] = {}
+        self._unfinished: list[set[int]] = [set(b.stages) for b in self.buckets]
 
     shards: list[Shard]
     optimizer: FlatOptimizer
@@ -76,20 +81,38 @@ class Update(ABC):
     def zero_gradients(self) -> None:
         for bucket in self.buckets:
             bucket.grads.zero_()
+        self._unfinished = [set(bucket.stages) for bucket in self.buckets]
 
-    def start_reduction(self, index: int) -> None:
-        """Start summing bucket `index` over its copies."""
-        if index not in self._works:
-            self._works[index] = self._reduce(self.buckets[index])
+    def stage_done(self, stage: int) -> None:
+        """The gradients of a stage are final: start to sum what can be summed now, under the rest of the pipeline.
+
+        In the order of the buckets, which is the same on all copies: a bucket waits for those before it.
+        """
+        for stages in self._unfinished:
+            stages.discard(stage)
+        for index, stages in enumerate(self._unfinished):
+            if stages:
+                return
+            self._start(index)
 
     def finish_reduction(self) -> None:
         """Start what has not been started, and wait for everything."""
+        self.spans = []
         for index in range(len(self.buckets)):
-            self.start_reduction(index)
-        for work in self._works.values():
+            self._start(index)
+        for index, work in self._works.items():
+            waiting = time.perf_counter()
             if work is not None:
                 work.wait()
+            if self.record and work is not None:
+                label = f"{'experts' if self.buckets[index].routed else 'dense'} of {self.buckets[index].stages}"
+                self.spans.append((label, self._started[index], waiting, time.perf_counter()))
         self._works.clear()
+
+    def _start(self, index: int) -> None:
+        if index not in self._works:
+            self._started[index] = time.perf_counter()
+            self._works[index] = self._reduce(self.buckets[index])
 
     def gradient_norm(self) -> float:
         """Each rank measures its own shares, so every element counts once, in FP64."""

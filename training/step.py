@@ -70,7 +70,7 @@ def train_step(
     scales = loss_scales(micro_batches, replica.config.mtp_depth, loss_config or LossConfig(), mesh)
     update.zero_gradients()
     watch = Stopwatch()
-    losses = replica.pipeline.step([replace(mb, **scales.fields) for mb in micro_batches])
+    losses = replica.pipeline.step([replace(mb, **scales.fields) for mb in micro_batches], update.stage_done)
     watch.lap("pipeline")
     update.finish_reduction()
     norm = update.gradient_norm()
