@@ -45,8 +45,9 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (HydraException, OmegaConfBaseException, ValueError, JobFailed) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, JobFailed) as error:
         if wants_traceback:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        about = "a group, such as precision, takes one name: " if isinstance(error, TypeError) else ""
+        print(f"error: {about}{error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -19,7 +19,7 @@ def initialise(stage: nn.Module, seed: int, std: float) -> None:
     """Fill the parameters of a stage in place."""
     parameters = {name for name, _ in stage.named_parameters()}
     for name, tensor, owner in named_tensors(stage):
-        if owner not in parameters:
+        if owner not in parameters or tensor.is_meta:  # on the meta device there is nothing to fill
             continue
         if tensor.dim() == 1:
             tensor.fill_(1.0)

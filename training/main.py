@@ -38,6 +38,9 @@ def run(config: Config) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return end_on_purpose(BAD_CONFIG)
+    except Exception:
+        print(f"[rank {rank}] failed while preparing:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return FAILED
     trainer: Trainer | None = None
     try:
         ranks = _announce_ranks(job) if rank == 0 else ""

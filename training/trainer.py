@@ -28,6 +28,7 @@ from parallel.mesh import Layout, Mesh
 from parallel.zero import load_deepspeed
 from training import checkpoint
 from training.balance import BalanceMonitor, bias_rate
+from training.capacity import check_capacity
 from training.checkpoint import RunState
 from training.checkpoint_writer import CheckpointWriter
 from training.config import Config, to_dict
@@ -97,6 +98,7 @@ def prepare(config: Config, world: int) -> Job:
             f"the tokenizer; raise model.vocab_size"
         )
     device = resolve_device(config.launch.device)
+    check_capacity(config, layout, schedule, device)
     job = Job(config, layout, schedule, corpus, device, find_resume_point(config, layout))
     for split in ("train", "val"):
         job.dataset(split)

@@ -18,6 +18,7 @@ from model.config import split_layers
 from model.precision import make_precision
 from parallel.grads import mirrors
 from parallel.mesh import Layout
+from training.capacity import check_sizes
 from training.config import Config
 from training.recipe import check_pieces
 from training.tensorboard import check_tensorboard
@@ -30,6 +31,7 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
 
     Raises ValueError with one message for the first thing that is wrong.
     """
+    check_sizes(config)
     config.model.check()
     config.optim.check()
     config.loss.check()
