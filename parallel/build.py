@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -11,6 +11,7 @@ import torch
 import dualpipe.stage as stage_types
 from dualpipe.runtime import Runtime
 from dualpipe.schedule import Schedule
+from dualpipe.schedules import make_schedule
 from dualpipe.wgrad import WeightGradQueue
 from model.balance import NO_BALANCE, Balance
 from model.config import ModelConfig, split_layers
@@ -34,6 +35,8 @@ class Replica:
     mesh: Mesh
     schedule: Schedule
     config: ModelConfig
+    queue: WeightGradQueue
+    options: BuildOptions
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,22 @@ def build_replica(
     """Build this rank's part of the model with its initial weights. Raises ValueError if the sizes do not fit."""
     queue = WeightGradQueue()
     stages = build_stages(config, schedule, mesh, precision, options, queue)
-    pipeline = Runtime(
+    pipeline = build_pipeline(stages, schedule, mesh, queue, options)
+    buckets = make_buckets(stages, mesh)
+    return Replica(stages, pipeline, buckets, precision, mesh, schedule, config, queue, options)
+
+
+def with_micro_batches(replica: Replica, micro_batches: int) -> Replica:
+    """The same stages and weights in a pipeline for another number of micro-batches per step."""
+    schedule = make_schedule(replica.schedule.name, replica.schedule.num_ranks, micro_batches)
+    pipeline = build_pipeline(replica.stages, schedule, replica.mesh, replica.queue, replica.options)
+    return replace(replica, pipeline=pipeline, schedule=schedule)
+
+
+def build_pipeline(
+    stages: Mapping[int, ModelStage], schedule: Schedule, mesh: Mesh, queue: WeightGradQueue, options: BuildOptions
+) -> Runtime:
+    return Runtime(
         stages,
         schedule,
         mesh.pp,
@@ -70,7 +88,6 @@ def build_replica(
         device=torch.device(options.device),
         timeout=options.timeout,
     )
-    return Replica(stages, pipeline, make_buckets(stages, mesh), precision, mesh, schedule, config)
 
 
 def build_stages(

@@ -69,6 +69,7 @@ class Update(ABC):
         self.buckets = tuple(buckets)
         self.mesh = mesh
         self.updates = 0
+        self.before_change: list[Callable[[], None]] = []  # called before weights change: somebody may be reading
         self.record = False
         self.spans: list[tuple[str, float, float, float]] = []  # label, start, start and end of waiting: host seconds
         self._works: dict[int, Any] = {}
@@ -130,6 +131,8 @@ class Update(ABC):
         if scale != 1.0:
             for bucket in self.buckets:
                 bucket.grads[self._used(bucket)].mul_(scale)
+        for wait in self.before_change:
+            wait()
         self._apply()
         self.updates += 1
 

@@ -34,7 +34,7 @@ from training.recipe import value_at
 Loads = Mapping[str, list[int]]
 
 
-def bias_rate(config: BalanceConfig, tokens: int) -> float:
+def bias_rate(config: BalanceConfig, tokens: float) -> float:
     """γ of a step; `tokens` is how many were trained on before it."""
     factor = value_at(config.bias_rate_schedule, tokens) if config.bias_rate_schedule else 1.0
     return config.bias_rate * factor

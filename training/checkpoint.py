@@ -100,6 +100,11 @@ def read_run_state(path: Path) -> RunState:
         raise CheckpointError(f"{path}/run.json cannot be read: {error}") from error
 
 
+def has_average(state: RunState) -> bool:
+    """Whether the checkpoint of this state has an average of the weights."""
+    return bool(state.config.get("optim", {}).get("ema", 0.0))
+
+
 def run_fragments(stages: Mapping[int, nn.Module], update: Update, mesh: Mesh, owned: bool) -> Iterator[Fragment]:
     """All tensors of a run on this rank; `owned`: only those that it saves."""
     yield from optimizer_fragments(update.shards, owned)
@@ -112,15 +117,21 @@ def random_state(rank: int) -> Fragment:
 
 
 def load(
-    path: Path, stages: Mapping[int, nn.Module], update: Update, mesh: Mesh, random_states: bool = True
+    path: Path,
+    stages: Mapping[int, nn.Module],
+    update: Update,
+    mesh: Mesh,
+    average: Sequence[Fragment] = (),
+    random_states: bool = True,
 ) -> RunState:
     """Read a checkpoint into the stages and the optimizer; collective. Raises CheckpointError, alike on all ranks.
 
-    Random states are read if as many processes as now wrote them, unless `random_states` is False.
+    The average of the weights is read if there is one in it (`has_average`), random states if as many processes as now
+    wrote them, unless `random_states` is False.
     """
     verify_contents(path, mesh)
     state = read_run_state(path)
-    fragments = list(run_fragments(stages, update, mesh, owned=False))
+    fragments = [*run_fragments(stages, update, mesh, owned=False), *(average if has_average(state) else ())]
     mine = random_state(mesh.rank)
     same_world = random_states and state.world == mesh.layout.world
     _read(path, [*fragments, mine] if same_world else fragments, mesh.control)
@@ -132,7 +143,11 @@ def load(
 
 
 def load_newest(
-    candidates: Sequence[Path], stages: Mapping[int, nn.Module], update: Update, mesh: Mesh
+    candidates: Sequence[Path],
+    stages: Mapping[int, nn.Module],
+    update: Update,
+    mesh: Mesh,
+    average: Sequence[Fragment] = (),
 ) -> tuple[Path, RunState]:
     """Load the newest of these checkpoints (oldest first) that is sound, and say so for each that is not; collective.
 
@@ -140,7 +155,7 @@ def load_newest(
     """
     for path in reversed(candidates):
         try:
-            return path, load(path, stages, update, mesh)
+            return path, load(path, stages, update, mesh, average)
         except CorruptCheckpointError as error:
             if mesh.rank == 0:
                 print(f"{error}\nGoing on from the checkpoint before it.", file=sys.stderr, flush=True)

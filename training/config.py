@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from model.config import ModelConfig
 from model.loss import LossConfig
 from training.optimizer import OptimConfig
-from training.recipe import Piece
+from training.recipe import Piece, RecipeConfig
 
 
 @dataclass
@@ -58,6 +58,11 @@ class BalanceConfig:
 
 
 @dataclass
+class EvalConfig:
+    ema: bool = False  # validate with the moving average of the weights (optim.ema) instead of the weights
+
+
+@dataclass
 class LoggerConfig:
     name: str = "wandb"  # wandb | tensorboard | wandb+tensorboard | none; metrics.jsonl is always written
     project: str = "dualpipe"
@@ -83,6 +88,8 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -108,6 +115,7 @@ _GROUPS = {
     "schedule": ScheduleConfig,
     "precision": PrecisionConfig,
     "optim": OptimConfig,
+    "recipe": RecipeConfig,
     "balance": BalanceConfig,
     "logger": LoggerConfig,
     "launch": LaunchConfig,

@@ -30,6 +30,7 @@ class OptimConfig:
     clip: float = 1.0  # global gradient norm; 0 = no clipping
     zero: int = 0  # 1: optimizer state is shared out among the copies of a parameter, through DeepSpeed
     moments: str = "fp32"  # fp32 | bf16 (stochastically rounded)
+    ema: float = 0.0  # decay per step of a moving average of the weights, kept on the CPU; 0 = none
 
     def check(self) -> None:
         """Raise ValueError, naming the override, for values that cannot train."""
@@ -37,7 +38,7 @@ class OptimConfig:
             raise ValueError(f"optim.lr={self.lr} must be positive")
         if not 0 <= self.lr_final <= self.lr:
             raise ValueError(f"optim.lr_final={self.lr_final} must be between 0 and optim.lr={self.lr}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("warmup_steps", "weight_decay", "clip", "eps"):

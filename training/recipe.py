@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SHAPES = ("linear", "cosine")
 
@@ -66,3 +66,65 @@ def check_pieces(name: str, pieces: Sequence[Piece], least: float = 0.0) -> None
         for key, value in (("start", piece.start), ("end", piece.start if piece.end is None else piece.end)):
             if not least <= value < math.inf:
                 raise ValueError(f"{label}.{key}={value} must be {least} or more")
+
+
+@dataclass
+class RecipeConfig:
+    """What changes in the course of a run. The clock is the number of tokens trained on, divided by `token_scale`.
+
+    batch_*   the global batch grows from `batch_start` sequences in steps of `batch_increment` to its full size, which
+              it reaches after `batch_tokens` (report 4.2: 3,072 to 15,360 over the first 469B)
+    """
+
+    lr: list[Piece] = field(default_factory=list)  # the learning rate itself; [] = by optim.lr, optim.warmup_steps, …
+    mtp_weight: list[Piece] = field(default_factory=list)  # factors on loss.mtp_weight; [] = always 1
+    batch_start: int = 0  # 0 = the full batch from the start
+    batch_increment: int = 0
+    batch_tokens: float = 0.0
+    token_scale: float = 1.0  # e.g. 1e-6: one token of this run stands for a million of the recipe
+
+    def check(self) -> None:
+        """Raise ValueError, naming the override, for schedules that make no sense."""
+        check_pieces("recipe.lr", self.lr)
+        check_pieces("recipe.mtp_weight", self.mtp_weight)
+        if not 0 < self.token_scale < math.inf:
+            raise ValueError(f"recipe.token_scale={self.token_scale} must be positive")
+        if self.batch_start:
+            for name in ("batch_start", "batch_increment", "batch_tokens"):
+                if not 0 < getattr(self, name) < math.inf:
+                    raise ValueError(f"recipe.{name}={getattr(self, name)} must be positive for the batch to grow")
+
+
+def factor_at(pieces: Sequence[Piece], tokens: float) -> float:
+    """The value of a schedule of factors; without any piece 1."""
+    return value_at(pieces, tokens) if pieces else 1.0
+
+
+def batch_at(recipe: RecipeConfig, tokens: float, full: int) -> int:
+    """Sequences in the step that begins after `tokens` tokens; `full` is the final size.
+
+    The sizes batch_start, batch_start + batch_increment, … full share the tokens of the ramp out evenly among them.
+    """
+    if not recipe.batch_start or tokens >= recipe.batch_tokens:
+        return full
+    sizes = len(range(recipe.batch_start, full, recipe.batch_increment))
+    return recipe.batch_start + recipe.batch_increment * int(tokens / recipe.batch_tokens * sizes)
+
+
+def check_ramp(recipe: RecipeConfig, full: int, unit: int) -> list[int]:
+    """The numbers of micro-batches per pipeline that the ramp goes through.
+
+    unit   sequences of one micro-batch in all pipelines. Raises ValueError, naming the override, if a size of the
+           ramp is not a multiple of it.
+    """
+    if not recipe.batch_start:
+        return []
+    if recipe.batch_start >= full:
+        raise ValueError(f"recipe.batch_start={recipe.batch_start} must be below the full batch of {full} sequences")
+    for name in ("batch_start", "batch_increment"):
+        if getattr(recipe, name) % unit:
+            raise ValueError(
+                f"recipe.{name}={getattr(recipe, name)} must be a multiple of {unit}, the sequences of one micro-batch "
+                f"in all pipelines (data.micro_batch_size × data-parallel ranks)"
+            )
+    return [size // unit for size in range(recipe.batch_start, full, recipe.batch_increment)]

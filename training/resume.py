@@ -15,7 +15,10 @@ from parallel.mesh import Layout
 from training.checkpoint import CheckpointError, all_checkpoints, problem_of, read_run_state
 from training.config import Config, to_dict
 
-_FIXED = ("model", "seed", "data.path", "data.seq_len", "data.val_fraction")
+_FIXED = (
+    *("model", "seed", "data.path", "data.seq_len", "data.val_fraction"),
+    *("recipe.batch_start", "recipe.batch_increment", "recipe.batch_tokens", "recipe.token_scale"),
+)
 
 
 def find_resume_point(config: Config, layout: Layout) -> Path | None:

@@ -22,7 +22,7 @@ from dualpipe.schedule import Schedule
 from model.balance import Balance
 from model.batch import MicroBatch
 from model.precision import make_precision
-from parallel.build import BuildOptions, build_replica
+from parallel.build import BuildOptions, Replica, build_replica, with_micro_batches
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
 from parallel.zero import load_deepspeed
@@ -34,9 +34,11 @@ from training.checkpoint_writer import CheckpointWriter
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
 from training.data import BatchPlan, PackedDataset
+from training.ema import WeightAverage
 from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
+from training.recipe import batch_at, factor_at, value_at
 from training.resume import find_resume_point
 from training.run_logging import make_logger
 from training.step import StepResult, evaluate, train_step
@@ -137,8 +139,11 @@ class Trainer:
         self.train_data, self.val_data = job.dataset("train"), job.dataset("val")
         self.step = self.samples = self.tokens = 0
         self.wandb_id = new_run_id()
+        decay = job.config.optim.ema
+        self.average = WeightAverage(self.update, decay) if decay else None
         if job.resume is not None:
             expert_loads = self._resume(job.resume)
+        self.replicas = {job.config.schedule.micro_batches: self.replica}  # by micro-batches per step
         self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
         self.writer = CheckpointWriter(job.checkpoints, mesh, job.config.keep_last, job.config.keep_every)
         self.logger, self.wandb = CompositeLogger([]), None
@@ -176,30 +181,38 @@ class Trainer:
     def close(self) -> None:
         """Let go of everything that must be gone before the process group."""
         self.writer.close()
+        if self.average is not None:
+            self.average.close()
         self.update.close()
 
     def _train_one_step(self) -> None:
         config = self.job.config
         started = time.perf_counter()
         self.writer.poll()
-        plan = self.job.batch_plan
+        clock = self.tokens / config.recipe.token_scale
+        plan = self._plan(clock)
         batch = self._on_device(plan.batch_at(self.train_data, self.samples, self.mesh.dp))
-        lr = learning_rate(config.optim, self.step, config.steps)
-        clip, gamma = config.optim.clip, bias_rate(config.balance, self.tokens)
-        result = train_step(self.replica, self.update, batch, lr, clip, gamma, config.loss)
+        lr = value_at(config.recipe.lr, clock) if config.recipe.lr else None
+        lr = learning_rate(config.optim, self.step, config.steps) if lr is None else lr
+        loss = replace(config.loss, mtp_weight=config.loss.mtp_weight * factor_at(config.recipe.mtp_weight, clock))
+        clip, gamma = config.optim.clip, bias_rate(config.balance, clock)
+        result = train_step(self._replica(plan), self.update, batch, lr, clip, gamma, loss)
+        if self.average is not None and not result.skipped:
+            self.average.start()
         self.step += 1
         self.samples += plan.global_batch_size
         self.tokens += plan.global_batch_size * config.data.seq_len
         balance = {"balance/bias_rate": gamma, **self.balance.after_step(self.step, result.counts)}
-        self.logger.log(self.step, {**self._metrics(result, lr, time.perf_counter() - started), **balance})
+        self.logger.log(self.step, {**self._metrics(result, lr, plan, time.perf_counter() - started), **balance})
 
-    def _metrics(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
-        tokens = self.job.batch_plan.global_batch_size * self.job.config.data.seq_len
+    def _metrics(self, result: StepResult, lr: float, plan: BatchPlan, seconds: float) -> dict[str, float]:
+        tokens = plan.global_batch_size * self.job.config.data.seq_len
         return {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
             "train/lr": lr,
             "train/tokens": float(self.tokens),
+            "train/batch_size": float(plan.global_batch_size),
             "train/tokens_per_second": tokens / seconds,
             "train/skipped": float(result.skipped),
             **{f"seconds/{phase}": value for phase, value in result.seconds.items()},
@@ -208,8 +221,28 @@ class Trainer:
             **({} if result.z_loss is None else {"train/z_loss": result.z_loss}),
         }
 
+    def _plan(self, clock: float) -> BatchPlan:
+        """How the coming step's batch is cut: smaller than the full one while the batch grows."""
+        full = self.job.batch_plan
+        unit = full.micro_batch_size * full.dp_size
+        size = batch_at(self.job.config.recipe, clock, full.global_batch_size)
+        return replace(full, num_micro_batches=size // unit)
+
+    def _replica(self, plan: BatchPlan) -> Replica:
+        """With a pipeline for this many micro-batches."""
+        count = plan.num_micro_batches
+        if count not in self.replicas:
+            self.replicas[count] = with_micro_batches(self.replica, count)
+        return self.replicas[count]
+
     def _validate(self) -> float:
-        """Mean loss per target over the fixed validation text."""
+        """Mean loss per target over the fixed validation text; with eval.ema=true of the averaged weights."""
+        if self.job.config.eval.ema and self.average is not None:
+            with self.average.applied(self.replica.precision.refresh):
+                return self._validate_weights()
+        return self._validate_weights()
+
+    def _validate_weights(self) -> float:
         per_step = self.job.config.schedule.micro_batches
         plan = self.job.batch_plan
         whole = BatchPlan(plan.micro_batch_size, per_step * self.job.config.eval_batches, plan.dp_size)
@@ -229,7 +262,8 @@ class Trainer:
             self.job.layout.world, self.balance.recorded(),
         )  # fmt: skip
         fragments = checkpoint.run_fragments(self.replica.stages, self.update, self.mesh, owned=True)
-        pause = self.writer.save(state, [*fragments, checkpoint.random_state(self.mesh.rank)])
+        averages = self.average.fragments() if self.average is not None else ()
+        pause = self.writer.save(state, [*fragments, *averages, checkpoint.random_state(self.mesh.rank)])
         self.logger.log(self.step, {"checkpoint/pause_seconds": pause})
         return self.step
 
@@ -238,7 +272,10 @@ class Trainer:
         candidates = [
             p for p in checkpoint.list_checkpoints(newest.parent) if checkpoint.step_of(p) <= checkpoint.step_of(newest)
         ]
-        _, state = checkpoint.load_newest(candidates, self.replica.stages, self.update, self.mesh)
+        averages = list(self.average.fragments()) if self.average is not None else []
+        _, state = checkpoint.load_newest(candidates, self.replica.stages, self.update, self.mesh, averages)
+        if self.average is not None and not checkpoint.has_average(state):
+            self.average.reset()
         self.step, self.samples, self.tokens = state.step, state.samples, state.tokens
         self.wandb_id = state.wandb_id
         return state.expert_loads

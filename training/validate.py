@@ -20,7 +20,7 @@ from parallel.grads import mirrors
 from parallel.mesh import Layout
 from training.capacity import check_sizes
 from training.config import Config
-from training.recipe import check_pieces
+from training.recipe import check_pieces, check_ramp
 from training.tensorboard import check_tensorboard
 
 MAX_MICRO_BATCHES = 16_384  # what the tags of messages can number (dualpipe/p2p.py)
@@ -40,6 +40,11 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     check_pieces("balance.bias_rate_schedule", config.balance.bias_rate_schedule)
     make_precision(config.precision.name)
     parallel = config.parallel
+    config.recipe.check()
+    if config.eval.ema and not config.optim.ema:
+        raise ValueError("eval.ema=true needs an average: set optim.ema, e.g. optim.ema=0.999")
+    if config.optim.zero and config.precision.name == "fp64":
+        raise ValueError("optim.zero=1 keeps FP32 masters; precision=fp64 needs optim.zero=0")
     layout = Layout(world, parallel.pp, parallel.ep, parallel.order)  # before the schedule: a huge PP ends here
     schedule = _schedule(config)
     if config.model.num_experts % config.parallel.ep:
@@ -49,6 +54,7 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
         )
     split_layers(config.model, schedule.num_stages, config.parallel.layers_per_stage)
     mirrors(schedule)
+    _check_ramp(config, layout)
     if config.data.path is not None and not os.path.exists(config.data.path):
         raise ValueError(f"data.path={config.data.path} does not exist; give a folder or a file of text")
     return layout, schedule
@@ -73,6 +79,19 @@ def _schedule(config: Config) -> Schedule:
             f"{error} (parallel.pp={config.parallel.pp}, schedule.micro_batches={config.schedule.micro_batches}; "
             f"change one of them, or schedule)"
         ) from error
+
+
+def _check_ramp(config: Config, layout: Layout) -> None:
+    """Every size of a growing batch must suit the schedule."""
+    unit = config.data.micro_batch_size * layout.dp
+    for micro_batches in check_ramp(config.recipe, config.schedule.micro_batches * unit, unit):
+        try:
+            make_schedule(config.schedule.name, config.parallel.pp, micro_batches)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: recipe.batch_start and recipe.batch_increment lead to {micro_batches} micro-batches of "
+                f"{unit} sequences"
+            ) from error
 
 
 def _check_numbers(config: Config) -> None:
