@@ -105,7 +105,7 @@ def test_small_plans_against_all_plans(loads: list[int], ranks: int) -> None:
         if all(a.count(r) == room for r in range(ranks))
     )
     ours = place_experts(loads, experts, ranks).rank_loads(loads).max()
-    assert best <= ours <= best * 1.2
+    assert best <= ours <= best * 1.05
 
 
 @pytest.mark.parametrize(
