@@ -151,6 +151,8 @@ BAD = [  # processes, command line, what the message must name
     (2, "balance.force=even", ["balance.force='even'", "uniform"]),
     (2, "balance.bias_rate_schedule=[{tokens:-1}]", ["balance.bias_rate_schedule[0].tokens=-1"]),
     (2, "balance.bias_rate_schedule=[{start:1},{start:0}]", ["balance.bias_rate_schedule[0].tokens"]),
+    (2, "guard.max_skipped=0", ["guard.max_skipped=0"]),
+    (2, "guard.spike=0.5", ["guard.spike=0.5"]),
     (2, "optim.lr=0", ["optim.lr=0"]),
     (2, "optim.lr=nan", ["optim.lr=nan"]),
     (2, "optim.lr_final=1", ["optim.lr_final=1"]),

@@ -47,6 +47,7 @@ class RunState:
     tokens         tokens trained on so far: the clock of the recipe
     updates        steps that changed the weights (a step with a gradient that is not finite does not)
     world          processes that wrote it
+    recent_norms   gradient norms by which the next one is judged (training/guard.py)
     expert_loads   router counts by layer since the last evaluation (training/balance.py)
     """
 
@@ -58,6 +59,7 @@ class RunState:
     wandb_id: str
     world: int
     expert_loads: dict[str, list[int]] = field(default_factory=dict)
+    recent_norms: list[float] = field(default_factory=list)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

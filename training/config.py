@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from model.config import ModelConfig
 from model.loss import LossConfig
+from training.guard import GuardConfig
 from training.optimizer import OptimConfig
 from training.recipe import Piece, RecipeConfig
 
@@ -92,6 +93,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     run: str = "default"  # name of the run: its folder is runs/<run>

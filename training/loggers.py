@@ -43,6 +43,8 @@ class RunLogger(Protocol):
 
     def table(self, step: int, name: str, table: HeatMap) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -78,6 +80,11 @@ class CompositeLogger:
         for logger in self.loggers:
             logger.table(step, name, table)
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: later steps will be logged again, with other numbers."""
+        for logger in self.loggers:
+            logger.rewind(step)
+
     def close(self) -> None:
         with ExitStack() as stack:
             for logger in reversed(self.loggers):
@@ -97,6 +104,7 @@ class JsonlLogger:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         if path.exists():
             _drop_rows_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
@@ -113,6 +121,11 @@ class JsonlLogger:
     def table(self, step: int, name: str, table: HeatMap) -> None:
         rows = ([_json_number(value) for value in row] for row in table.values)
         self._write(step, {name: dict(zip(table.rows, rows, strict=True))})
+
+    def rewind(self, step: int) -> None:
+        self._file.close()
+        _drop_rows_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -191,6 +204,9 @@ class ConsoleLogger:
 
     def table(self, step: int, name: str, table: HeatMap) -> None:
         """Too large for a terminal; `metrics.jsonl` has it."""
+
+    def rewind(self, step: int) -> None:
+        self._recent.clear()
 
     def close(self) -> None:
         if self._progress is not None:
@@ -289,6 +305,9 @@ class WandbLogger:
         run, self._run = self._run, None
         if run is not None:
             self._attempt("finish", run.finish)
+
+    def rewind(self, step: int) -> None:
+        """W&B cannot forget: it keeps what it has of the later steps, and takes new points when they are passed."""
 
     def checkpoint(self, name: str, path: Path) -> None:
         """Keep a checkpoint as an artifact of the run, if that was asked for."""

@@ -20,6 +20,7 @@ from parallel.rank_table import crossing, rank_table
 from training.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
 from training.config import Config
 from training.curve import draw_curve
+from training.guard import Diverged
 from training.outcome import BAD_CONFIG, FAILED, STOPPED, end_on_purpose, launched_by_script
 from training.run_logging import show_plan
 from training.sample import sample_text
@@ -65,6 +66,11 @@ def _train(job: Job, trainer: Trainer) -> int:
         if trainer.mesh.rank == 0:
             _say_stopped(job, trainer, stopped.stop)
         return end_on_purpose(FAILED) if stopped.stop.failed else end_on_purpose(0, STOPPED)
+    except Diverged as diverged:
+        if trainer.mesh.rank == 0:
+            trainer.logger.close()
+            print(f"error: {diverged}", file=sys.stderr, flush=True)
+        return end_on_purpose(FAILED)
     if trainer.mesh.rank == 0:
         _report(job, trainer, val_loss)
     return 0

@@ -64,8 +64,12 @@ def train_step(
     clip: float,
     bias_rate: float,
     loss_config: LossConfig | None = None,
+    norm_limit: float = math.inf,
 ) -> StepResult:
-    """Train on this rank's micro-batches: all those of its pipeline."""
+    """Train on this rank's micro-batches: all those of its pipeline.
+
+    A loss or gradient norm that is not finite, or a norm above `norm_limit`, leaves the weights as they are.
+    """
     mesh = replica.mesh
     scales = loss_scales(micro_batches, replica.config.mtp_depth, loss_config or LossConfig(), mesh)
     update.zero_gradients()
@@ -74,8 +78,9 @@ def train_step(
     watch.lap("pipeline")
     update.finish_reduction()
     norm = update.gradient_norm()
+    loss, *others = global_terms(losses, scales, mesh)
     watch.lap("reduce")
-    skipped = not math.isfinite(norm)
+    skipped = not (math.isfinite(loss) and math.isfinite(norm) and norm <= norm_limit)
     if not skipped:
         update.step(lr, clip / norm if 0 < clip < norm else 1.0)
         replica.precision.refresh()
@@ -83,7 +88,6 @@ def train_step(
     if not skipped:
         update_biases(replica.stages, counts, bias_rate)
     watch.lap("update")
-    loss, *others = global_terms(losses, scales, mesh)
     mtp_losses, z_loss = tuple(others[: len(scales.mtp)]), others[-1] if scales.z else None
     return StepResult(loss, norm, scales.num_targets, counts, skipped, watch.seconds, mtp_losses, z_loss)
 

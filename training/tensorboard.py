@@ -23,9 +23,13 @@ class TensorBoardLogger:
     """What is logged for a step twice, after a resumption, is hidden from `resume_step` on, as TensorBoard does it."""
 
     def __init__(self, run_dir: Path, resume_step: int = 0) -> None:
+        self._folder = str(run_dir / "tensorboard")
+        self._open(resume_step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, because few runs use it
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -42,6 +46,10 @@ class TensorBoardLogger:
 
     def table(self, step: int, name: str, table: HeatMap) -> None:
         self._writer.add_image(name, table.image(), step, dataformats="HWC")
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
 
     def close(self) -> None:
         self._writer.close()

@@ -34,7 +34,9 @@ from training.checkpoint_writer import CheckpointWriter
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
 from training.data import BatchPlan, PackedDataset
+from training.diagnose import find_culprit
 from training.ema import WeightAverage
+from training.guard import Diverged, Guard
 from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
@@ -135,6 +137,7 @@ class Trainer:
             order = order_experts(job.config.model, job.layout.ep, expert_loads)
         options = job.options if order is None else replace(job.options, placement=order.by_layer)
         self.replica = build_replica(job.config.model, job.schedule, mesh, precision, options)
+        self.guard = Guard(job.config.guard)
         self.update = make_update(self.replica, job.config.optim, job.config.seed)
         self.train_data, self.val_data = job.dataset("train"), job.dataset("val")
         self.step = self.samples = self.tokens = 0
@@ -195,8 +198,8 @@ class Trainer:
         lr = value_at(config.recipe.lr, clock) if config.recipe.lr else None
         lr = learning_rate(config.optim, self.step, config.steps) if lr is None else lr
         loss = replace(config.loss, mtp_weight=config.loss.mtp_weight * factor_at(config.recipe.mtp_weight, clock))
-        clip, gamma = config.optim.clip, bias_rate(config.balance, clock)
-        result = train_step(self._replica(plan), self.update, batch, lr, clip, gamma, loss)
+        clip, gamma, replica = config.optim.clip, bias_rate(config.balance, clock), self._replica(plan)
+        result = train_step(replica, self.update, batch, lr, clip, gamma, loss, self.guard.limit)
         if self.average is not None and not result.skipped:
             self.average.start()
         self.step += 1
@@ -204,6 +207,23 @@ class Trainer:
         self.tokens += plan.global_batch_size * config.data.seq_len
         balance = {"balance/bias_rate": gamma, **self.balance.after_step(self.step, result.counts)}
         self.logger.log(self.step, {**self._metrics(result, lr, plan, time.perf_counter() - started), **balance})
+        if self.guard.note(result.grad_norm, result.skipped):
+            self._recover(replica, batch)
+
+    def _recover(self, replica: Replica, batch: Sequence[MicroBatch]) -> None:
+        """Too many steps in a row went wrong: go back to the newest checkpoint, or raise Diverged."""
+        culprit = find_culprit(replica, batch)
+        skipped = f"{self.guard.in_a_row} steps in a row were skipped, the last was step {self.step}: {culprit}"
+        self.writer.wait()
+        saved = checkpoint.list_checkpoints(self.job.checkpoints)
+        if not saved or not self.guard.may_rewind():
+            raise Diverged(f"{skipped}. Lower optim.lr, or set guard.rewind=true to go on with other data")
+        unread = self.samples
+        loads = self._resume(saved[-1])
+        self.samples = unread  # what led here is not read again
+        self.balance = BalanceMonitor(self.replica, self.job.config.model, self.job.config.eval_every, loads)
+        self.logger.rewind(self.step)
+        self.logger.text(self.step, "rewind", f"{skipped}. Back to step {self.step}, and on with later data.")
 
     def _metrics(self, result: StepResult, lr: float, plan: BatchPlan, seconds: float) -> dict[str, float]:
         tokens = plan.global_batch_size * self.job.config.data.seq_len
@@ -259,7 +279,7 @@ class Trainer:
         """Start saving; training goes on while the files are written."""
         state = RunState(
             self.step, self.samples, self.tokens, self.update.updates, to_dict(self.job.config), self.wandb_id,
-            self.job.layout.world, self.balance.recorded(),
+            self.job.layout.world, self.balance.recorded(), self.guard.recent,
         )  # fmt: skip
         fragments = checkpoint.run_fragments(self.replica.stages, self.update, self.mesh, owned=True)
         averages = self.average.fragments() if self.average is not None else ()
@@ -278,6 +298,7 @@ class Trainer:
             self.average.reset()
         self.step, self.samples, self.tokens = state.step, state.samples, state.tokens
         self.wandb_id = state.wandb_id
+        self.guard.restore(state.recent_norms)
         return state.expert_loads
 
     def _on_device(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:

@@ -35,6 +35,7 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     config.model.check()
     config.optim.check()
     config.loss.check()
+    config.guard.check()
     _check_numbers(config)
     _check_choices(config)
     check_pieces("balance.bias_rate_schedule", config.balance.bias_rate_schedule)
