@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.protocols import Exchange
+from parallel.exchange import Works, all_to_all
 from parallel.expert_groups import ExpertGroups
 from parallel.packing import Columns
 from parallel.routes import Place, Sizes, count_table, rows_for, sort_by_expert, targets
@@ -48,7 +49,7 @@ class Transfer:
     layout: Columns
     arriving: Tensor
     sending: Tensor
-    work: Any
+    work: Works
 
     def wait(self) -> tuple[Tensor, ...]:
         self.work.wait()
@@ -81,7 +82,7 @@ class Hop:
 
     def _exchange(self, layout: Columns, block: Tensor, sent: list[int], received: list[int]) -> Transfer:
         arriving = layout.block(sum(received), block.device)
-        work = dist.all_to_all_single(arriving, block, received, sent, group=self.group, async_op=True)
+        work = all_to_all(arriving, block, received, sent, self.group)
         return Transfer(layout, arriving, block, work)
 
 
@@ -164,7 +165,8 @@ class _Counts:
         if groups is None:
             return Promise(lambda: (torch.stack((sent, sent)),))
         received = torch.empty_like(sent)
-        work = dist.all_to_all_single(received, sent, group=groups.counts, async_op=True)
+        ones = [1] * groups.size
+        work = all_to_all(received, sent, ones, ones, groups.counts)
 
         def finish() -> tuple[Tensor]:
             work.wait()
