@@ -25,7 +25,7 @@ from types import TracebackType
 INTERFACE = "link0"
 BURST_SECONDS = 1e-3  # how much tbf lets through at once: what a timer tick of the kernel needs
 MTU = 9000
-SOCKET_BYTES = int(os.environ.get("SB",262144))
+SOCKET_BYTES = int(os.environ.get("SB", 262144))
 
 
 class NetworkError(RuntimeError):
@@ -92,7 +92,6 @@ class SlowNetwork:
                 burst = max(2 * 65536, int(megabits * 1e6 / 8 * BURST_SECONDS))
                 rate = ("rate", f"{megabits * 1e6:.0f}bit", "burst", str(burst), "latency", "50ms")
                 _sh(*tc, "add", "dev", INTERFACE, "root", "handle", "1:", "tbf", *rate)
-
 
     def bytes_sent(self) -> list[int]:
         """What each node has sent over its link since it was made, in bytes on the wire."""
