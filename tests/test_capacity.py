@@ -22,9 +22,14 @@ def test_bytes_are_those_of_parameters_gradients_and_moments() -> None:
         layout, schedule = Layout(8, pp, ep), make_schedule("dualpipe", pp, 8)
         for rank in (0, 7):
             stages = build_on_meta(config, layout, schedule, rank)
-            count = sum(p.numel() for stage in stages.values() for p in stage.parameters())
-            copies = 2 * layout.dp if zero else 1
-            assert bytes_per_rank(config, layout, schedule, rank) == pytest.approx(count * (8 + 8 / copies), rel=1e-3)
+            named = [(n, p.numel()) for stage in stages.values() for n, p in stage.named_parameters()]
+            routed = sum(count for name, count in named if ".experts." in name)
+            dense = sum(count for _, count in named) - routed
+            copies, expert_copies = 2 * layout.dp, 2 * layout.dp // ep
+            wanted = (dense + routed) * 16.0
+            if zero:  # masters and two moments are shared out
+                wanted = dense * (8 + 12 / copies) + routed * (8 + 12 / expert_copies)
+            assert bytes_per_rank(config, layout, schedule, rank) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_what_cannot_fit_is_refused_without_allocating() -> None:

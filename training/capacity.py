@@ -1,13 +1,12 @@
 """Does a rank's part of the model fit into its memory? Asked before anything is allocated, by counting.
 
-The stages are built on torch's meta device, where a tensor has a shape and no data. Each parameter then costs its FP32
-weight and gradient and the optimizer's moments, which ZeRO-1 shares out among the copies. Activations come on top, so
-what fits here may still be too large; what does not fit here never fits.
+The stages are built on torch's meta device, where a tensor has a shape and no data; what each parameter then costs is
+the formula of `parallel/memory.py`. Activations come on top, so what fits here may still be too large; what does not
+fit here never fits.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 
@@ -20,6 +19,7 @@ from model.precision import make_precision
 from model.stage import ModelStage
 from parallel.build import BuildOptions, build_stages
 from parallel.grads import mirrors
+from parallel.memory import predict
 from parallel.mesh import Layout, Mesh
 from training.config import Config
 
@@ -50,11 +50,10 @@ def build_on_meta(config: Config, layout: Layout, schedule: Schedule, rank: int)
 def bytes_per_rank(config: Config, layout: Layout, schedule: Schedule, rank: int) -> int:
     """Weights, gradients and moments of a rank."""
     stages = build_on_meta(config, layout, schedule, rank)
-    parameters = {id(p): p for stage in stages.values() for p in stage.parameters()}.values()
-    copies = next(len(pps) for pps in mirrors(schedule) if layout.pp_of(rank) in pps) * layout.dp
+    pps = next(len(pps) for pps in mirrors(schedule) if layout.pp_of(rank) in pps)
     moment = 2 if config.optim.moments == "bf16" else 4
-    shares = copies if config.optim.zero == 1 else 1
-    return sum(math.ceil(p.numel() * (2 * p.element_size() + 2 * moment / shares)) for p in parameters)
+    dense, routed = pps * layout.dp, pps * layout.dp // layout.ep
+    return predict(stages.values(), dense, routed, config.optim.zero, moment).total
 
 
 def check_capacity(config: Config, layout: Layout, schedule: Schedule, device: torch.device) -> None:
