@@ -20,7 +20,7 @@ from model.layers import Toolbox
 from model.precision import Precision
 from model.stage import ModelStage, StageShape
 from parallel.buckets import GradBucket, make_buckets
-from parallel.dispatch import RoutedDispatcher
+from parallel.dispatchers import DISPATCHERS
 from parallel.mesh import Mesh
 
 
@@ -43,6 +43,7 @@ class Replica:
 class BuildOptions:
     """How to build: dtype of the parameters, device, layers per stage (None: equal), overlap, timeout of messages.
 
+    dispatch  the backend that carries tokens to their experts (`dispatchers.py`)
     balance   the routers' losses, and forced routing for benchmarks
     placement   the order of the experts over the EP ranks, by layer (see Toolbox)
     """
@@ -52,6 +53,7 @@ class BuildOptions:
     device: torch.device | str = "cpu"
     layers_per_stage: tuple[int, ...] | None = None
     overlap: bool = True
+    dispatch: str = "all_to_all"
     balance: Balance = NO_BALANCE
     placement: Mapping[int, Sequence[int]] = field(default_factory=dict)
     timeout: timedelta = timedelta(minutes=5)
@@ -105,7 +107,7 @@ def build_stages(
         )
     share = config.num_experts // mesh.layout.ep
     experts = range(mesh.ep * share, (mesh.ep + 1) * share)
-    dispatcher = RoutedDispatcher(mesh.expert, share)
+    dispatcher = DISPATCHERS[options.dispatch].make(mesh.expert, share, config)
     device, balance = options.device, options.balance
     tools = Toolbox(precision, queue, dispatcher, options.param_dtype, device, balance, options.placement)
     layers = split_layers(config, schedule.num_stages, options.layers_per_stage)

@@ -35,7 +35,9 @@ class ParallelConfig:
     order: str = "pp_across_nodes"  # pp_across_nodes | ep_across_nodes: which of the two may leave a node
     layers_per_stage: list[int] = field(default_factory=list)  # [] = equal
     placement: str = "in_order"  # in_order | loads: experts over the EP ranks by the loads recorded in the checkpoint
-    overlap: str = "auto"  # on | off | auto (= on): interleave the two chunks of a pair
+    overlap: str = "auto"  # auto: hide communication where the schedule has pairs | on: it must have pairs | off
+    dispatch: str = "all_to_all"  # all_to_all | hierarchical | deep_ep: what carries tokens to their experts
+    ranks_per_node: int = 0  # for hierarchical; 0 = as torchrun says
 
 
 @dataclass

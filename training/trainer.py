@@ -45,7 +45,7 @@ from training.resume import find_resume_point
 from training.run_logging import make_logger
 from training.step import StepResult, evaluate, train_step
 from training.stop import RunStopped, StopRequest
-from training.validate import resolve_device, validate
+from training.validate import nodes_of, resolve_device, validate
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Job:
             device=self.device,
             layers_per_stage=tuple(c.parallel.layers_per_stage) or None,
             overlap=c.parallel.overlap != "off",
+            dispatch=c.parallel.dispatch,
             balance=Balance(c.balance.sequence_loss, c.balance.aux_loss, c.balance.force),
             timeout=timedelta(seconds=c.launch.timeout_seconds),
         )
@@ -121,7 +122,7 @@ def join_process_group(job: Job) -> Mesh:
             torch.cuda.set_device(job.device)
         dist.init_process_group("nccl" if job.device.type == "cuda" else "gloo", timeout=timeout)
     holders = embedding_holders(job.schedule, job.config.model)
-    return Mesh.create(job.layout, mirrors(job.schedule), timeout, holders)
+    return Mesh.create(job.layout, mirrors(job.schedule), timeout, holders, nodes_of(job.config, job.layout))
 
 
 class Trainer:

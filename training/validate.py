@@ -11,11 +11,12 @@ import re
 
 import torch
 
-from dualpipe.schedule import Schedule
+from dualpipe.schedule import Pair, Schedule
 from dualpipe.schedules import SCHEDULES, make_schedule
 from model.balance import FORCES
 from model.config import split_layers
 from model.precision import make_precision
+from parallel.dispatchers import check_dispatch
 from parallel.grads import mirrors
 from parallel.mesh import Layout
 from training.capacity import check_sizes
@@ -55,10 +56,25 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
         )
     split_layers(config.model, schedule.num_stages, config.parallel.layers_per_stage)
     mirrors(schedule)
+    has_pairs = any(isinstance(step, Pair) for row in schedule.steps for step in row)
+    if parallel.overlap == "on" and not has_pairs:
+        raise ValueError(
+            f"parallel.overlap=on, but schedule={config.schedule.name} has no pairs to overlap; use "
+            f"parallel.overlap=auto, or schedule=dualpipe"
+        )
+    nodes_of(config, layout)
     _check_ramp(config, layout)
     if config.data.path is not None and not os.path.exists(config.data.path):
         raise ValueError(f"data.path={config.data.path} does not exist; give a folder or a file of text")
     return layout, schedule
+
+
+def nodes_of(config: Config, layout: Layout) -> int | None:
+    """Ranks per node, if the dispatch backend wants groups by node. Raises ValueError if it cannot work here."""
+    parallel = config.parallel
+    ranks_per_node = parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", layout.world))
+    device = resolve_device(config.launch.device).type
+    return check_dispatch(parallel.dispatch, layout, ranks_per_node, config.precision.name, device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -113,6 +129,7 @@ def _check_numbers(config: Config) -> None:
         ("schedule.micro_batches", config.schedule.micro_batches, 1, MAX_MICRO_BATCHES),
         ("parallel.pp", config.parallel.pp, 1, math.inf),
         ("parallel.ep", config.parallel.ep, 1, math.inf),
+        ("parallel.ranks_per_node", config.parallel.ranks_per_node, 0, math.inf),
     ]
     for name, value, low, high in limits:
         if not low <= value <= high:

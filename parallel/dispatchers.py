@@ -1,0 +1,55 @@
+"""Dispatch backends by name (`parallel.dispatch=`). A new one is one file, and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from model.config import ModelConfig
+from model.protocols import Dispatcher
+from parallel.deep_ep import deep_ep_dispatcher
+from parallel.dispatch import RoutedDispatcher
+from parallel.expert_groups import ExpertGroups, split_nodes
+from parallel.mesh import Layout
+
+
+@dataclass(frozen=True)
+class Backend:
+    """make(groups, experts per rank, model); `uses_nodes` asks the mesh for groups inside and across nodes."""
+
+    make: Callable[[ExpertGroups | None, int, ModelConfig], Dispatcher]
+    uses_nodes: bool = False
+    needs_cuda: bool = False
+
+
+def _routed(groups: ExpertGroups | None, share: int, config: ModelConfig) -> Dispatcher:
+    return RoutedDispatcher(groups, share)
+
+
+DISPATCHERS: Mapping[str, Backend] = MappingProxyType(
+    {
+        "all_to_all": Backend(_routed),
+        "hierarchical": Backend(_routed, uses_nodes=True),
+        "deep_ep": Backend(deep_ep_dispatcher, needs_cuda=True),
+    }
+)
+
+
+def check_dispatch(name: str, layout: Layout, ranks_per_node: int, precision: str, device: str) -> int | None:
+    """What the mesh needs to know of nodes for this backend: ranks per node, or None.
+
+    Raises ValueError, naming the override that mends it, if the backend is unknown or cannot work here.
+    """
+    if name not in DISPATCHERS:
+        raise ValueError(f"parallel.dispatch={name!r} is unknown; choose one of {', '.join(DISPATCHERS)}")
+    backend = DISPATCHERS[name]
+    if backend.needs_cuda and (device != "cuda" or precision != "bf16"):
+        raise ValueError(
+            f"parallel.dispatch={name} needs an NVIDIA GPU and precision=bf16, not {device} and {precision}; "
+            f"use parallel.dispatch=all_to_all or hierarchical"
+        )
+    if not backend.uses_nodes or layout.ep == 1:
+        return None
+    split_nodes(layout.ep, layout.dp_per_node(ranks_per_node))
+    return ranks_per_node
