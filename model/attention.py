@@ -8,20 +8,26 @@ another one. Only the latent (and one shared rotary key) would have to be cached
     c_kv, k_rope = x · W_kva         key-value latent | rotary key shared by all heads
     k_nope | v   = norm(c_kv) · W_kvb
 
-Attention is causal and stays inside each packed document.
+Attention is causal and stays inside each packed document (`model/attend.py`).
 
-Shapes: B sequences, S positions, H heads.
+The queries, keys and values of all heads are many times wider than the latents that they come from. With
+`recompute` backward makes them again from the latents instead of keeping them (report 3.2.3).
+
+Shapes: B sequences, S positions, H heads, D hidden size; R rope_dim, Q = head_dim + R, V = value_dim.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attend import Documents, attend, attend_backward
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, Toolbox
-from model.rope import rotate, softmax_scale
+from model.rope import rotate_, softmax_scale
 
 
 class AttentionContext:
@@ -32,9 +38,19 @@ class AttentionContext:
 
     def __init__(self, documents_BS: Tensor, cos: Tensor, sin: Tensor, sequence_scale: float = 0.0) -> None:
         self.sequence_scale = sequence_scale
-        same_document = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-        self.mask_B1SS = same_document.tril().unsqueeze(1)
+        self.documents = Documents(documents_BS)
         self.cos, self.sin = cos, sin  # [B, S, rope_dim/2]
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """H heads; per head N channels without position, R rotary ones, V of values; scale of the scores."""
+
+    H: int
+    N: int
+    R: int
+    V: int
+    scale: float
 
 
 class LatentAttention(nn.Module):
@@ -50,30 +66,109 @@ class LatentAttention(nn.Module):
         self.key_value_down = Linear(c.hidden_size, c.key_value_rank + c.rope_dim, tools)
         self.key_value_norm = RMSNorm(c.key_value_rank, c.norm_eps, tools)
         self.key_value_up = Linear(c.key_value_rank, c.num_heads * (c.head_dim + c.value_dim), tools)
-        self.scale = softmax_scale(c)
         self.output = Linear(c.num_heads * c.value_dim, c.hidden_size, tools)
+        self.sizes = HeadSizes(c.num_heads, c.head_dim, c.rope_dim, c.value_dim, softmax_scale(c))
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
         c = self.config
-        B, S, _ = x_BSD.shape
-        latent = self.query_norm(self.query_down(x_BSD)) if c.query_rank else x_BSD
-        q = self.query_up(latent).view(B, S, c.num_heads, c.head_dim + c.rope_dim)
-        q_nope, q_rope = q.split((c.head_dim, c.rope_dim), dim=-1)
-        latent_kv, k_rope = self.key_value_down(x_BSD).split((c.key_value_rank, c.rope_dim), dim=-1)
-        kv = self.key_value_up(self.key_value_norm(latent_kv)).view(B, S, c.num_heads, c.head_dim + c.value_dim)
-        k_nope, v = kv.split((c.head_dim, c.value_dim), dim=-1)
+        latent_q = self.query_down(x_BSD) if c.query_rank else x_BSD
+        latent_kv, k_rope_BSR = self.key_value_down(x_BSD).split((c.key_value_rank, c.rope_dim), dim=-1)
+        if c.recompute:
+            return self.output(_FromLatents.apply(latent_q, latent_kv, k_rope_BSR, self, context))
+        return self.output(_FromHeads.apply(*self.expand(latent_q, latent_kv), k_rope_BSR, self.sizes, context))
 
-        cos, sin = context.cos.unsqueeze(2), context.sin.unsqueeze(2)
-        q_rope = rotate(q_rope, cos, sin)
-        k_rope = rotate(k_rope.unsqueeze(2), cos, sin).expand(-1, -1, c.num_heads, -1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, k_rope), dim=-1)
-        out = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.mask_B1SS, self.scale)
-        return self.output(out.transpose(1, 2).reshape(B, S, c.num_heads * c.value_dim))
+    def expand(self, latent_q: Tensor, latent_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """From latents to all heads: queries [B, S, H·Q], and keys without position beside values [B, S, H·(N+V)]."""
+        normed_q = self.query_norm(latent_q) if self.config.query_rank else latent_q
+        return self.query_up(normed_q), self.key_value_up(self.key_value_norm(latent_kv))
 
 
-def _attend(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, mask_B1SS: Tensor, scale: float) -> Tensor:
-    """Softmax attention. Torch's fused kernel wants values as wide as queries, so they are padded with zeros."""
-    value_dim, query_dim = v_BHSV.shape[-1], q_BHSQ.shape[-1]
-    v = F.pad(v_BHSV, (0, max(0, query_dim - value_dim)))
-    return F.scaled_dot_product_attention(q_BHSQ, k_BHSQ, v, attn_mask=mask_B1SS, scale=scale)[..., :value_dim]
+class _FromHeads(torch.autograd.Function):
+    """Attention from the projected heads. Keeps these, in the dtype in which they came."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
+    ) -> Tensor:
+        ctx.save_for_backward(q_up, kv_up, k_rope)
+        ctx.sizes, ctx.context = sizes, context
+        return _forward(q_up, kv_up, k_rope, sizes, context)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q_up, kv_up, k_rope = ctx.saved_tensors
+        return (*_backward(dout, q_up, kv_up, k_rope, ctx.sizes, ctx.context), None, None)
+
+
+class _FromLatents(torch.autograd.Function):
+    """Attention from the latents. Keeps these alone, and projects them a second time in backward.
+
+    The second projection is an ordinary part of the backward for the inputs: it happens once, and the weight
+    gradients of the projections go to the queue from there, as those of any other layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        latent_q: Tensor,
+        latent_kv: Tensor,
+        k_rope: Tensor,
+        attention: LatentAttention,
+        context: AttentionContext,
+    ) -> Tensor:
+        ctx.save_for_backward(latent_q, latent_kv, k_rope)
+        ctx.attention, ctx.context = attention, context
+        return _forward(*attention.expand(latent_q, latent_kv), k_rope, attention.sizes, context)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        latent_q, latent_kv, k_rope = ctx.saved_tensors
+        leaves = [latent.detach().requires_grad_() for latent in (latent_q, latent_kv)]
+        with torch.enable_grad():
+            q_up, kv_up = ctx.attention.expand(*leaves)
+        dq_up, dkv_up, dk_rope = _backward(
+            dout, q_up.detach(), kv_up.detach(), k_rope, ctx.attention.sizes, ctx.context
+        )
+        torch.autograd.backward((q_up, kv_up), (dq_up, dkv_up))
+        return leaves[0].grad, leaves[1].grad, dk_rope, None, None
+
+
+def _forward(q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext) -> Tensor:
+    out_BHSV = attend(*_assemble(q_up, kv_up, k_rope, sizes, context), context.documents)
+    return out_BHSV.transpose(1, 2).flatten(2).to(q_up.dtype)
+
+
+def _backward(
+    dout: Tensor, q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _assemble(q_up, kv_up, k_rope, sizes, context)
+    B, S, _ = dout.shape
+    dout_BHSV = torch.empty_like(v).copy_(dout.view(B, S, sizes.H, sizes.V).transpose(1, 2))
+    dq, dk, dv = attend_backward(dout_BHSV, q, k, v, context.documents)
+    cos, sin = context.cos.unsqueeze(1), -context.sin.unsqueeze(1)
+    rotate_(dq[..., sizes.N :], cos, sin).mul_(sizes.scale)
+    dq[..., : sizes.N].mul_(sizes.scale)
+    dk_rope = rotate_(dk[..., sizes.N :].sum(1, keepdim=True), cos, sin).squeeze(1)
+    dkv_BSHX = torch.empty(B, S, sizes.H, sizes.N + sizes.V, dtype=kv_up.dtype, device=kv_up.device)
+    dkv_BSHX[..., : sizes.N] = dk[..., : sizes.N].transpose(1, 2)
+    dkv_BSHX[..., sizes.N :] = dv.transpose(1, 2)
+    return dq.transpose(1, 2).flatten(2).to(q_up.dtype), dkv_BSHX.flatten(2), dk_rope.to(k_rope.dtype)
+
+
+def _assemble(
+    q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled and rotated queries, rotated keys, values: each [B, H, S, …]; on a CPU in FP32 or better."""
+    H, N, R, V = sizes.H, sizes.N, sizes.R, sizes.V
+    B, S, _ = q_up.shape
+    dtype = torch.promote_types(q_up.dtype, torch.float32) if q_up.device.type == "cpu" else q_up.dtype
+    cos, sin = context.cos.unsqueeze(1), context.sin.unsqueeze(1)
+    q = torch.empty(B, H, S, N + R, dtype=dtype, device=q_up.device)
+    q.copy_(q_up.view(B, S, H, N + R).transpose(1, 2))
+    rotate_(q[..., N:], cos, sin)
+    q.mul_(sizes.scale)
+    keys, values = kv_up.view(B, S, H, N + V).transpose(1, 2).split((N, V), dim=-1)
+    k = torch.empty_like(q)
+    k[..., :N] = keys
+    k[..., N:] = rotate_(k_rope.unsqueeze(1).to(dtype, copy=True), cos, sin)
+    return q, k, torch.empty(B, H, S, V, dtype=dtype, device=q.device).copy_(values)

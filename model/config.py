@@ -41,6 +41,8 @@ class ModelConfig:
     route_scale: float = 2.5
     # Multi-token prediction (2.2): so many further tokens are predicted, each by a module with one layer of its own.
     mtp_depth: int = 0
+    # Make the wide queries, keys and values again in backward instead of keeping them (3.2.3).
+    recompute: bool = False
     # Numerics
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -53,7 +55,7 @@ class ModelConfig:
         """Raise ValueError, naming the override that mends it, unless the sizes fit together."""
         for name, value in vars(self).items():
             least = 0 if name in _MAY_BE_ZERO else 1
-            if isinstance(value, int) and value < least:
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise ValueError(f"model.{name}={value} must be at least {least}")
         if self.rope_dim % 2:
             raise ValueError(f"model.rope_dim={self.rope_dim} must be even: rotary position turns pairs of channels")

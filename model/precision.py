@@ -10,13 +10,13 @@ weight goes to the weight-gradient queue and is accumulated in the parameter's o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate as running_sum
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from model.products import add_grouped_weight_grads, add_weight_grad, grouped_product, product
 from model.protocols import WeightGrads
 
 
@@ -74,15 +74,15 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, copy_OI: Tensor, queue: WeightGrads) -> Tensor:
         ctx.save_for_backward(x, copy_OI)
         ctx.weight, ctx.queue = weight, queue
-        return x @ copy_OI.t()
+        return product(x.flatten(0, -2), copy_OI).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, copy_OI = ctx.saved_tensors
         weight = ctx.weight
-        dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        ctx.queue.put(lambda: _add_product(grad_of(weight), dy_TO, x_TI))
-        dx = dy @ copy_OI if ctx.needs_input_grad[0] else None
+        dy_TO, x_TI = dy.flatten(0, -2), x.flatten(0, -2)
+        ctx.queue.put(lambda: add_weight_grad(grad_of(weight), dy_TO, x_TI))
+        dx = product(dy_TO, copy_OI.t()).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, None
 
 
@@ -95,37 +95,15 @@ class _GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_RI, copy_EOI)
         ctx.weight, ctx.counts, ctx.queue = weight, counts, queue
-        return _blockwise(x_RI, copy_EOI.transpose(1, 2), counts)
+        return grouped_product(x_RI, copy_EOI, counts)
 
     @staticmethod
     def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, ...]:
         x_RI, copy_EOI = ctx.saved_tensors
         weight, counts = ctx.weight, ctx.counts
-
-        def add_weight_grads() -> None:
-            for grad_OI, dy, x in zip(grad_of(weight), dy_RO.split(counts), x_RI.split(counts), strict=True):
-                if len(x):
-                    _add_product(grad_OI, dy, x)
-
-        ctx.queue.put(add_weight_grads)
-        return _blockwise(dy_RO.contiguous(), copy_EOI, counts), None, None, None, None
-
-
-def _blockwise(x_RI: Tensor, weight_EIO: Tensor, counts: list[int]) -> Tensor:
-    out_RO = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[2])
-    ends = list(running_sum(counts))
-    for weight_IO, count, end in zip(weight_EIO, counts, ends, strict=True):
-        if count:
-            torch.mm(x_RI[end - count : end], weight_IO, out=out_RO[end - count : end])
-    return out_RO
-
-
-def _add_product(grad_OI: Tensor, dy_TO: Tensor, x_TI: Tensor) -> None:
-    """grad += dyᵀ · x, in the gradient's dtype."""
-    if grad_OI.dtype == dy_TO.dtype:
-        grad_OI.addmm_(dy_TO.t(), x_TI)
-    else:
-        grad_OI.add_(dy_TO.t() @ x_TI)
+        dy_RO = dy_RO.contiguous()
+        ctx.queue.put(lambda: add_grouped_weight_grads(grad_of(weight), dy_RO, x_RI, counts))
+        return grouped_product(dy_RO, copy_EOI.transpose(1, 2), counts), None, None, None, None
 
 
 # Name → activation dtype and parameter dtype. fp64 is for exactness checks.

@@ -13,6 +13,13 @@ class WeightGrads(Protocol):
     def put(self, closure: Callable[[], None]) -> None: ...
 
 
+class AtOnce:
+    """A queue that puts nothing off."""
+
+    def put(self, closure: Callable[[], None]) -> None:
+        closure()
+
+
 class Pending(Protocol):
     """Communication under way."""
 

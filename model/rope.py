@@ -63,7 +63,11 @@ def _mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs of x [..., dim] by the angles [..., dim/2]."""
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs of x [..., dim] by the angles [..., dim/2], in place; returns x."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    turned_even = even * cos - odd * sin
+    turned_odd = even * sin + odd * cos
+    even.copy_(turned_even)
+    odd.copy_(turned_odd)
+    return x

@@ -19,8 +19,9 @@ from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.layer import Layer, Residual, SegmentWriter, add
 from model.layers import Embedding, Linear, RMSNorm, Toolbox
-from model.loss import squared_normaliser, token_loss
+from model.loss import head_loss
 from model.mtp import MTPModule
+from model.protocols import AtOnce
 from model.rope import rotation
 
 
@@ -152,17 +153,19 @@ class ModelStage(nn.Module):
         out.compute("loss", names, ("out0",), lambda *terms: torch.stack(terms))
 
     def _attention_context(self, micro_batch: MicroBatch) -> AttentionContext:
-        cos, sin = rotation(micro_batch.positions_BS, self.config, self.tools.precision.dtype)
+        high = torch.promote_types(self.tools.precision.dtype, torch.float32)
+        cos, sin = rotation(micro_batch.positions_BS, self.config, high)
         return AttentionContext(micro_batch.documents_BS, cos, sin, micro_batch.sequence_scale)
 
     def _losses(self, hidden_BSD: Tensor, micro_batch: MicroBatch, depth: int) -> tuple[Tensor, ...]:
         """The scaled loss of the main model (depth 0) with its z-loss, if that is wanted, or of an MTP module."""
-        logits_TV = self.head(hidden_BSD).flatten(0, 1)
-        if depth:
-            targets_T = micro_batch.ahead(depth)[1].flatten()
-            return (token_loss(logits_TV, targets_T, micro_batch.mtp_scales[depth - 1]),)
-        targets_T = micro_batch.targets_BS.flatten()
-        loss = token_loss(logits_TV, targets_T, micro_batch.loss_scale)
-        if not micro_batch.z_scale:
-            return (loss,)
-        return loss, squared_normaliser(logits_TV, targets_T, micro_batch.z_scale)
+        targets_BS = micro_batch.ahead(depth)[1] if depth else micro_batch.targets_BS
+        scale = micro_batch.mtp_scales[depth - 1] if depth else micro_batch.loss_scale
+        z_scale = 0.0 if depth else micro_batch.z_scale
+        flat = hidden_BSD.flatten(0, 1), targets_BS.flatten()
+        loss, z_loss = head_loss(flat[0], self._logits, self.config.vocab_size, flat[1], scale, z_scale)
+        return (loss, z_loss) if z_scale else (loss,)
+
+    def _logits(self, hidden_TD: Tensor, may_defer: bool) -> Tensor:
+        queue = self.tools.queue if may_defer else AtOnce()
+        return self.tools.precision.linear(hidden_TD, self.head.weight, queue)

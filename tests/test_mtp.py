@@ -63,6 +63,8 @@ CASES = {
     2: [Case(2, schedule=name, config=MTP1, steps=2) for name in SCHEDULES]
     + [
         Case(2, config=MTP2, steps=2, loss=LossConfig(mtp_weight=0.1, z_weight=0.01)),
+        Case(2, config=replace(MTP1, recompute=True), steps=2),
+        Case(2, schedule="zb1p", config=replace(MTP1, recompute=True, query_rank=0), steps=2),
         Case(2, schedule="one_f_one_b", config=MTP2, dtype=torch.float32, steps=2),
     ],
     4: [Case(2, ep=2, schedule=name, config=MTP1, steps=2) for name in ("dualpipe", "one_f_one_b", "zbv")]

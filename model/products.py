@@ -1,0 +1,87 @@
+"""Matrix products by the fastest library at hand: torch's own, or oneDNN where it is on a CPU.
+
+torch multiplies FP32 matrices on a CPU with MKL, which on AMD processors reaches less than half of what oneDNN does
+(measured by benchmarks/model.py, "share of the GEMM peak"). For BF16 both are oneDNN. Results differ in rounding only.
+
+oneDNN generates code for every new shape, in about the time of a small product. A dense layer's shapes repeat; an
+expert's number of rows is new every time. Its products are therefore made for a multiple of `ROW_STEP` rows: the rows
+too many are those of the next expert, or zeros, and their results are dropped, so nothing is padded in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+ROW_STEP = 32
+
+
+def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a · bᵀ → [M, N]. Either may be a transposed view."""
+    if not calls_onednn(a_MK):
+        return a_MK @ b_NK.t()
+    if not (b_NK.is_contiguous() or b_NK.t().is_contiguous()):
+        b_NK = b_NK.contiguous()  # for any other layout oneDNN falls back to plain loops
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+
+
+def calls_onednn(x: Tensor) -> bool:
+    """Whether products of x go to oneDNN past torch, which would take MKL."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def generates_code(x: Tensor) -> bool:
+    """Whether products of x are oneDNN's, be it through torch: they are for BF16."""
+    return calls_onednn(x) or (x.device.type == "cpu" and x.dtype == torch.bfloat16)
+
+
+def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
+    """Rows sorted by expert, `counts[e]` of them for expert e, each block times its expert's weightᵀ → [R, N]."""
+    out_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
+    for expert, rows in blocks(counts):
+        if generates_code(x_RK):
+            size = rows.stop - rows.start
+            more = slice(rows.start, min(x_RK.shape[0], rows.start + _round_up(size)))
+            out_RN[rows] = product(x_RK[more], weight_ENK[expert])[:size]
+        else:
+            torch.mm(x_RK[rows], weight_ENK[expert].t(), out=out_RN[rows])
+    return out_RN
+
+
+def add_grouped_weight_grads(grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, counts: Sequence[int]) -> None:
+    """grad[e] += dyᵀ · x over the rows of expert e, for every expert that has any."""
+    for expert, rows in blocks(counts):
+        dy, x = dy_RN[rows], x_RK[rows]
+        size = rows.stop - rows.start
+        if generates_code(x_RK) and size % ROW_STEP:
+            dy, x = _with_zeros(dy), _with_zeros(x)
+        add_weight_grad(grad_ENK[expert], dy, x)
+
+
+def add_weight_grad(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor) -> None:
+    """grad += dyᵀ · x, in the gradient's dtype."""
+    if grad_NK.dtype == dy_TN.dtype and not calls_onednn(dy_TN):
+        grad_NK.addmm_(dy_TN.t(), x_TK)
+    else:
+        grad_NK.add_(product(dy_TN.t(), x_TK.t()))
+
+
+def blocks(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has any."""
+    for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+        if count:
+            yield expert, slice(end - count, end)
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // ROW_STEP) * ROW_STEP
+
+
+def _with_zeros(rows_RK: Tensor) -> Tensor:
+    """The rows, and zeros up to the next multiple of ROW_STEP."""
+    out = rows_RK.new_zeros(_round_up(len(rows_RK)), rows_RK.shape[1])
+    out[: len(rows_RK)] = rows_RK
+    return out
