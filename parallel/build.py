@@ -117,5 +117,6 @@ def build_stages(
         shape = StageShape(layers[number], experts, number == 0, number == last)
         embedding = stages[0].embedding if 0 in stages else None
         stages[number] = ModelStage(config, shape, tools, stage_types, embedding)
-        initialise(stages[number], options.seed, config.init_std)
+        if torch.device(options.device).type != "meta":  # without memory there is nothing to fill
+            initialise(stages[number], options.seed, config.init_std)
     return stages
