@@ -22,6 +22,7 @@ from model.config import ModelConfig
 from model.fp8.blocks import dequantise_blocks, quantise_blocks
 from model.hf import entries
 from model.hf_files import FormatError, PublicCheckpoint, write_checkpoint
+from model.names import named_routers
 
 CONFIG = ModelConfig(
     vocab_size=61, num_layers=3, num_dense_layers=1, hidden_size=48, dense_ffn_size=40, num_heads=2, query_rank=12,
@@ -33,7 +34,7 @@ CONFIG = ModelConfig(
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     model = our_model(config, "fp32", seed).stages[0]
     generator = torch.Generator().manual_seed(seed)
-    for router in model.routers():
+    for router in named_routers(model).values():
         router.bias_E.copy_(0.2 * torch.randn(config.num_experts, generator=generator))
     return weights_of(model)
 
