@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Start this node's ranks with torchrun: on one node, or on each of several (run it once per node).
 #
-#   NPROC_PER_NODE=8 launch/torchrun.sh parallel.pp=8                                            one node
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 NPROC_PER_NODE=8 launch/torchrun.sh parallel.pp=16   on the first node
-#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 NPROC_PER_NODE=8 launch/torchrun.sh parallel.pp=16   on the second
+#   NPROC_PER_NODE=4 launch/torchrun.sh parallel.pp=4 schedule.micro_batches=8                     one node
+#
+#   export NNODES=2 NPROC_PER_NODE=2 MASTER_ADDR=10.0.0.1
+#   NODE_RANK=0 launch/torchrun.sh parallel.pp=4 schedule.micro_batches=8                          on the first node
+#   NODE_RANK=1 launch/torchrun.sh parallel.pp=4 schedule.micro_batches=8                          on the second
 #
 # Arguments are Hydra overrides. Environment:
 #   NNODES          nodes, default 1
@@ -76,12 +78,13 @@ ranks() {
 # Again and again, as a rank that is still starting does not hear it.
 ask_ranks_to_leave() {
   local pids
+  trap '' TERM USR1 INT # this runs in a process of its own
   while kill -0 "$torchrun" 2>/dev/null; do
     pids=$(ranks)
     if [ -n "$pids" ]; then
       # shellcheck disable=SC2086 # one word each
       kill -USR1 $pids 2>/dev/null || true
-    else
+    elif [ ! -s "$OUTCOME_FILE" ]; then
       echo stopped >"$OUTCOME_FILE" # none has started yet: torchrun waits for other nodes
       kill -HUP "$torchrun" 2>/dev/null || true
     fi

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -30,19 +30,27 @@ ENDS_WITHIN = 30  # seconds from the kill to the end of the last process: the pr
 class Job:
     """`torchrun … train.py` with a small model, in a session of its own; its output goes to a file.
 
-    It trains on the files in `folder/text` and keeps everything in `folder`.
+    It trains on the files in `folder/text` and keeps everything in `folder`. `command` starts it in another way, with
+    more variables in its `environment`.
     """
 
-    def __init__(self, folder: Path, run: str, overrides: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        overrides: str,
+        command: Sequence[str] = (*TORCHRUN, "train.py"),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.run_dir = folder / run
         self._output = folder / f"{run}.{time.monotonic_ns()}.log"
         places = f"run={run} runs_dir={folder} data.path={folder / 'text'} data.cache_dir={folder / 'cache'}"
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         with self._output.open("w") as output:
             self.torchrun = subprocess.Popen(
-                [*TORCHRUN, *f"train.py {MODEL} {SIZE} {places} {overrides}".split()],
+                [*command, *f"{MODEL} {SIZE} {places} {overrides}".split()],
                 cwd=ROOT,
-                env={**environment, "OMP_NUM_THREADS": "1"},
+                env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
