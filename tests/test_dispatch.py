@@ -52,12 +52,11 @@ def round_trip(dispatcher: Any, experts_TK: Tensor, x: Tensor, gates: Tensor, fi
     rows, row_gates, counts = exchange.dispatch.start(x, gates, experts_TK, table).wait()
     scale = torch.tensor([expert_scale(first + e) for e, n in enumerate(counts) for _ in range(n)], dtype=x.dtype)
     assert len(scale) == len(rows)
-    (y,) = exchange.combine.start(rows * (row_gates * scale).unsqueeze(1)).wait()
+    weights = (row_gates * scale).to(x.dtype).unsqueeze(1)
+    (y,) = exchange.combine.start(rows * weights).wait()
     (dweighted,) = exchange.combine.start_backward(x).wait()
-    dgates = (dweighted * rows).sum(1) * scale
-    dx, dgates_home, *_ = exchange.dispatch.start_backward(
-        dweighted * (row_gates * scale).unsqueeze(1), dgates, None
-    ).wait()
+    dgates = ((dweighted * rows).sum(1) * scale).to(gates.dtype)
+    dx, dgates_home, *_ = exchange.dispatch.start_backward(dweighted * weights, dgates, None).wait()
     return [y, dx, dgates_home]
 
 
