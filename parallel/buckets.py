@@ -1,7 +1,7 @@
 """Buckets: parameters that are reduced, sharded and updated together, their gradients in one flat tensor.
 
 A stage has up to three buckets in each type that it computes with: dense matrices (which decay), dense vectors (norms,
-which do not), and routed experts.
+which do not), and routed experts; embedding and output head have one apart.
 Each `.grad` is a view into its bucket, in FP32 or better whatever the weights are stored in. A bucket is padded so
 that it divides evenly among the ranks that hold a copy of it; the i-th copy's share is the i-th slice. ZeRO-1, the
 gradient norm, checkpoints and the average of weights all use that same slice, so every element has one owner.
@@ -24,6 +24,8 @@ from parallel.mesh import Mesh
 
 ALIGNMENT = 2  # elements; DeepSpeed pads to this times the number of copies (nccl_start_alignment_factor)
 
+ENDS = ("embedding.weight", "head.weight")  # of the model
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -44,6 +46,7 @@ class GradBucket:
     stages      whose backwards add to it; it is final when all of them have done their last W
     routed      routed experts (else dense)
     decays      whether weight decay applies
+    hidden      whether these are matrices inside the model (not embedding or output head): what Muon is for
     dtype       in which the model computes with these weights; ZeRO-1 stores them so, beside FP32 masters
     parameters  in the order of the bucket
     pieces      the same as named tensors: a stack of experts is one parameter and several pieces
@@ -56,6 +59,7 @@ class GradBucket:
     stages: tuple[int, ...]
     routed: bool
     decays: bool
+    hidden: bool
     dtype: torch.dtype
     parameters: tuple[nn.Parameter, ...]
     pieces: tuple[Piece, ...]
@@ -100,12 +104,13 @@ class _Key:
     stages: tuple[int, ...]
     routed: bool
     decays: bool
+    hidden: bool
     dtype: torch.dtype
     tied: bool
 
     @property
-    def order(self) -> tuple[bool, int, bool, bool, str, tuple[int, ...]]:
-        return self.tied, -self.stages[0], self.routed, not self.decays, str(self.dtype), self.stages
+    def order(self) -> tuple[bool, int, bool, bool, bool, str, tuple[int, ...]]:
+        return self.tied, -self.stages[0], self.routed, not self.decays, not self.hidden, str(self.dtype), self.stages
 
 
 def make_buckets(stages: Mapping[int, nn.Module], mesh: Mesh) -> list[GradBucket]:
@@ -129,7 +134,9 @@ def make_buckets(stages: Mapping[int, nn.Module], mesh: Mesh) -> list[GradBucket
             if weight is None or holders[weight][0] != number:
                 continue
             tied = mesh.tied is not None and owner == "embedding.weight"
-            key = _Key(tuple(holders[weight]), owner in experts, weight.dim() > 1, dtypes[weight], tied)
+            matrix = weight.dim() > 1
+            hidden = matrix and owner not in ENDS
+            key = _Key(tuple(holders[weight]), owner in experts, matrix, hidden, dtypes[weight], tied)
             names = members.setdefault(key, {}).setdefault(weight, [])
             if sum(torch.Size(shape).numel() for _, shape in names) < weight.numel():  # else a second name of it
                 names.append((name, tuple(tensor.shape)))
@@ -150,7 +157,17 @@ def _bucket(key: _Key, named: Mapping[nn.Parameter, Sequence[tuple[str, tuple[in
             pieces.append(Piece(name, shape, start))
             start += torch.Size(shape).numel()
     bucket = GradBucket(
-        key.stages, key.routed, key.decays, key.dtype, parameters, tuple(pieces), grads, group, copies, index
+        key.stages,
+        key.routed,
+        key.decays,
+        key.hidden,
+        key.dtype,
+        parameters,
+        tuple(pieces),
+        grads,
+        group,
+        copies,
+        index,
     )
     bucket.restore_gradients()
     return bucket

@@ -51,7 +51,7 @@ class Recorder(Update):
 
 def bucket(*stages: int) -> GradBucket:
     grads = torch.zeros(4)
-    return GradBucket(stages, False, True, torch.float32, (), (), grads, None, 1, 0)
+    return GradBucket(stages, False, True, True, torch.float32, (), (), grads, None, 1, 0)
 
 
 def test_sums_start_in_order_as_soon_as_their_stages_are_done() -> None:

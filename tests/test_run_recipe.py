@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from hydra import compose, initialize_config_dir
 from dualpipe.schedules import make_schedule
 from model.config import ModelConfig
 from model.precision import make_precision
+from parallel.buckets import GradBucket
 from parallel.build import BuildOptions, build_replica
 from parallel.mesh import Layout, Mesh
+from parallel.update import ReplicatedUpdate, Update
 from training.adamw import AdamW, LowPrecisionAdamW, round_stochastically
 from training.config import Config, from_hydra, register_schemas
 from training.ema import WeightAverage
-from training.optimizer import OptimConfig, make_update
+from training.muon import orthogonalise
+from training.optimizer import OptimConfig, make_flat, make_update
 from training.recipe import Piece, RecipeConfig, batch_at, check_ramp, factor_at, value_at
 from training.validate import validate
 
@@ -112,7 +116,7 @@ def _adamw_run(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture
-def update() -> Iterator[object]:
+def update() -> Iterator[Update]:
     config = ModelConfig(num_layers=2, hidden_size=16, dense_ffn_size=16, num_experts=4, num_groups=2,
                          groups_per_token=2, experts_per_token=2, expert_ffn_size=8, vocab_size=11)  # fmt: skip
     mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
@@ -123,14 +127,14 @@ def update() -> Iterator[object]:
     yield make_update(replica, OptimConfig())
 
 
-def test_the_average_follows_the_weights_and_can_stand_in_for_them(update: object) -> None:
-    average = WeightAverage(update, 0.9)  # type: ignore[arg-type]
-    shards = update.shards  # type: ignore[attr-defined]
+def test_the_average_follows_the_weights_and_can_stand_in_for_them(update: Update) -> None:
+    average = WeightAverage(update, 0.9)
+    shards = update.shards
     wanted = [s.master.clone() for s in shards]
     for _ in range(3):
-        for bucket in update.buckets:  # type: ignore[attr-defined]
+        for bucket in update.buckets:
             bucket.grads.normal_()
-        update.step(1e-2)  # type: ignore[attr-defined]
+        update.step(1e-2)
         average.start()
         for values, shard in zip(wanted, shards, strict=True):
             values.lerp_(shard.master, 0.1)
@@ -140,7 +144,7 @@ def test_the_average_follows_the_weights_and_can_stand_in_for_them(update: objec
     refreshed = []
     with average.applied(lambda: refreshed.append(1)):
         assert all(torch.equal(s.master, w) for s, w in zip(shards, wanted, strict=True))
-        parameter, start = next(update.buckets[0].offsets())  # type: ignore[attr-defined]
+        parameter, start = next(update.buckets[0].offsets())
         assert torch.equal(parameter.flatten(), wanted[0][start : start + parameter.numel()])
     assert all(torch.equal(s.master, b) for s, b in zip(shards, before, strict=True)) and len(refreshed) == 2
     average.close()
@@ -148,3 +152,39 @@ def test_the_average_follows_the_weights_and_can_stand_in_for_them(update: objec
 
 def test_factors_default_to_one() -> None:
     assert factor_at([], 5) == 1 and factor_at([Piece(start=0.5)], 5) == 0.5
+
+
+def test_orthogonalise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((6, 20), (20, 6), (16, 16)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=generator)))
+        assert float(values.min()) > 0.3 and float(values.max()) < 1.25, shape
+    assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+def test_muon_moves_matrices_like_torchs_own(update: Update) -> None:
+    """torch.optim.Muon computes in BF16, hence the tolerance."""
+    replica_buckets = update.buckets
+    ours = ReplicatedUpdate(replica_buckets, update.mesh, partial(make_flat, OptimConfig(name="muon"), 0))
+    hidden = next(b for b in ours.buckets if b.hidden and not b.routed)
+    pieces = [p for p in hidden.pieces if min(p.shape) > 4]
+    start = {p.name: hidden_weights(ours, hidden)[p.start : p.start + p.numel].view(p.shape).clone() for p in pieces}
+    theirs = {name: torch.nn.Parameter(weight.clone()) for name, weight in start.items()}
+    peer = torch.optim.Muon(
+        list(theirs.values()), lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for seed in range(3):
+        torch.manual_seed(seed)
+        hidden.grads.normal_()
+        for piece in pieces:
+            theirs[piece.name].grad = hidden.grads[piece.start : piece.start + piece.numel].view(piece.shape).clone()
+        ours.step(1e-2)
+        peer.step()
+    for piece in pieces:
+        mine = hidden_weights(ours, hidden)[piece.start : piece.start + piece.numel].view(piece.shape)
+        moved, wanted = mine - start[piece.name], theirs[piece.name].detach() - start[piece.name]
+        assert float((moved - wanted).norm() / wanted.norm()) < 0.05, piece.name
+
+
+def hidden_weights(update: Update, bucket: GradBucket) -> torch.Tensor:
+    return next(s.master for s in update.shards if s.bucket is bucket)

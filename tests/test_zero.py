@@ -122,3 +122,25 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_zero_1_equals_the_serial_oracle(world: int, oracles: Path) -> None:
     assert run_ranks(world, check_cases, CASES[world], oracles, timeout=500) == [len(CASES[world])] * world
+
+
+def test_muon_is_the_same_under_zero_0_and_1() -> None:
+    """Matrices cut anywhere by ZeRO-1 are orthogonalised whole."""
+    assert max(run_ranks(4, _muon_difference)) < 1e-6
+
+
+def _muon_difference(rank: int, world: int) -> float:
+    load_deepspeed(torch.device("cpu"))
+    layout, schedule = Layout(world, 2, 2), make_schedule("dualpipe", 2, 4)
+    mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60))
+    weights = []
+    for zero in (0, 1):
+        replica = build_replica(CONFIG, schedule, mesh, CastPrecision(torch.float32), BuildOptions(seed=1))
+        update = make_update(replica, replace(OPTIM, name="muon", zero=zero))
+        start = torch.cat([p.detach().flatten() for b in replica.buckets for p in b.parameters])
+        for step in range(2):
+            train_step(replica, update, make_batch(step, 8)[mesh.dp :: layout.dp], 1e-2, OPTIM.clip, BIAS_RATE)
+        weights.append(torch.cat([p.detach().flatten() for b in replica.buckets for p in b.parameters]))
+        update.close()
+    assert relative(weights[0], start) > 1e-3  # they did move
+    return relative(*weights)

@@ -41,25 +41,30 @@ class AdamW(torch.optim.AdamW):
 
 
 class LowPrecisionAdamW(torch.optim.Optimizer):
-    """AdamW with both moments in BF16, stochastically rounded; parameters and gradients are FP32."""
+    """AdamW with moments in BF16, stochastically rounded, or in another type, as they are; parameters are FP32."""
 
-    def __init__(self, groups: list[ParamGroup], betas: tuple[float, float], eps: float, seed: int) -> None:
+    def __init__(
+        self, groups: list[ParamGroup], betas: tuple[float, float], eps: float, seed: int,
+        moments: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.seed = seed
+        self.seed, self.moments = seed, moments
 
     def init_state(self) -> None:
         for _, parameter in _parameters(self):
             self.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False),
+                "exp_avg": torch.zeros_like(parameter, dtype=self.moments, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, dtype=self.moments, requires_grad=False),
             }
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group, parameter in _parameters(self):
-            if parameter.grad is None:
-                continue
+        for group in self.param_groups:
+            self.step_group(group)
+
+    def step_group(self, group: ParamGroup) -> None:
+        for parameter in group["params"]:
             state = self.state[parameter]
             state["step"] += 1
             generator = torch.Generator(parameter.device)
@@ -74,13 +79,14 @@ def _update(
     generator: torch.Generator,
 ) -> None:  # fmt: skip
     beta1, beta2 = group["betas"]
-    first = exp_avg.float().lerp_(grad, 1 - beta1)
-    second = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    first = exp_avg.to(grad.dtype).lerp_(grad, 1 - beta1)
+    second = exp_avg_sq.to(grad.dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     weight.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**step))
-    exp_avg.copy_(round_stochastically(first, generator))
-    exp_avg_sq.copy_(round_stochastically(second, generator))
+    rounds = exp_avg.dtype == torch.bfloat16
+    exp_avg.copy_(round_stochastically(first, generator) if rounds else first)
+    exp_avg_sq.copy_(round_stochastically(second, generator) if rounds else second)
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,16 +9,21 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from parallel.build import Replica
 from parallel.update import FlatOptimizer, ParamGroup, ReplicatedUpdate, Update
 from parallel.zero import ShardedUpdate, check_deepspeed
 from training.adamw import AdamW, LowPrecisionAdamW
+from training.muon import Muon
 
 
 @dataclass
 class OptimConfig:
     """Learning rate: 0 → lr over warmup_steps, constant for constant_fraction of the rest, cosine down to lr_final."""
 
+    name: str = "adamw"  # adamw | muon (hidden matrices; the rest AdamW)
+    momentum: float = 0.95  # of Muon
     lr: float = 3e-3
     lr_final: float = 3e-4
     warmup_steps: int = 40
@@ -38,12 +43,14 @@ class OptimConfig:
             raise ValueError(f"optim.lr={self.lr} must be positive")
         if not 0 <= self.lr_final <= self.lr:
             raise ValueError(f"optim.lr_final={self.lr_final} must be between 0 and optim.lr={self.lr}")
-        for name in ("beta1", "beta2", "ema"):
+        for name in ("beta1", "beta2", "ema", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("warmup_steps", "weight_decay", "clip", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 or more")
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optim.name={self.name!r} is unknown; choose adamw or muon")
         if self.zero not in (0, 1):
             raise ValueError(f"optim.zero={self.zero} is unknown; choose 0 or 1")
         if self.zero == 1:
@@ -70,13 +77,16 @@ def make_update(replica: Replica, config: OptimConfig, seed: int = 0) -> Update:
     One process has nothing to share its state with, so there `zero=1` is plain too.
     """
     kind = ShardedUpdate if config.zero == 1 and replica.mesh.layout.world > 1 else ReplicatedUpdate
-    return kind(replica.buckets, replica.mesh, partial(make_adamw, config, seed))
+    return kind(replica.buckets, replica.mesh, partial(make_flat, config, seed))
 
 
-def make_adamw(config: OptimConfig, seed: int, groups: list[ParamGroup]) -> FlatOptimizer:
+def make_flat(config: OptimConfig, seed: int, groups: list[ParamGroup]) -> FlatOptimizer:
     for group in groups:
         group["weight_decay"] = config.weight_decay if group["bucket"].decays else 0.0
     betas = (config.beta1, config.beta2)
+    if config.name == "muon":
+        moments = torch.bfloat16 if config.moments == "bf16" else groups[0]["bucket"].grads.dtype
+        return Muon(groups, betas, config.eps, seed, moments, config.momentum)
     if config.moments == "bf16":
         return LowPrecisionAdamW(groups, betas, config.eps, seed)
     return AdamW(groups, betas, config.eps)

@@ -16,7 +16,7 @@ from training.checkpoint import CheckpointError, all_checkpoints, problem_of, re
 from training.config import Config, to_dict
 
 _FIXED = (
-    *("model", "seed", "data.path", "data.seq_len", "data.val_fraction"),
+    *("model", "seed", "optim.name", "data.path", "data.seq_len", "data.val_fraction"),
     *("recipe.batch_start", "recipe.batch_increment", "recipe.batch_tokens", "recipe.token_scale"),
 )
 
