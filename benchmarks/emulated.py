@@ -34,7 +34,7 @@ class Shape:
     experts: int = 8
     chosen: int = 4
     layers: int = 4
-    unit: float = 0.014
+    unit: float = 0.020
 
     ATTENTION, SHARED, EXPERTS = 1.0, 0.2, 1.0  # units of F; I and W cost the same
 

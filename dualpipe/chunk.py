@@ -64,10 +64,10 @@ class Chunk:
         segment = self.segments[index]
         values = {name: self._read(name) for name in segment.reads}
         if segment.lane is Lane.COMM:
-            pending = self._start(segment.name, segment.work.start, values.values())  # type: ignore[union-attr]
+            pending = self._start(f"{segment.name}(F)", segment.work.start, values.values())  # type: ignore[union-attr]
             self._pending.update(dict.fromkeys(segment.writes, (index, pending)))
         else:
-            self._compute(index, segment, values)
+            self._lanes.compute(self._label(f"{segment.name}(F)"), lambda: self._compute(index, segment, values))
         for name in segment.reads:
             if self._last_reader[name] == index:
                 self._values.pop(name, None)
@@ -96,7 +96,11 @@ class Chunk:
             with torch.no_grad():
                 return begin(*arguments)
 
-        return self._lanes.start(f"{name} {self.key}", run)
+        return self._lanes.start(self._label(name), run)
+
+    def _label(self, name: str) -> str:
+        """What a piece is called in records: its name, stage and micro-batch."""
+        return f"{name} of {self.key[0]}.{self.key[1]}"
 
     def _read(self, name: str) -> Any:
         if name in self._pending:
@@ -129,8 +133,11 @@ class Chunk:
         if segment.lane is Lane.COMM:
             grads = [self._grads.pop(name, None) for name in segment.writes]
             begin: Any = segment.work.start_backward  # type: ignore[union-attr]
-            self._pending_grads[index] = self._start(segment.name, begin, grads)
+            self._pending_grads[index] = self._start(f"{segment.name}(I)", begin, grads)
             return
+        self._lanes.compute(self._label(f"{segment.name}(I)"), lambda: self._compute_inputs(index))
+
+    def _compute_inputs(self, index: int) -> None:
         graph = self._graphs.pop(index)
         named = [(out, self._grads.pop(name)) for name, out in graph.outputs.items() if name in self._grads]
         if not named:
@@ -142,7 +149,8 @@ class Chunk:
 
     def weights(self, index: int) -> None:
         """The weight gradients of segment `index`."""
-        self._queue.run((*self.key, index))
+        key = (*self.key, index)
+        self._lanes.compute(self._label(f"{self.segments[index].name}(W)"), lambda: self._queue.run(key))
 
     def input_grads(self, count: int) -> tuple[Tensor, ...]:
         """The gradients of `in0`…, once every segment's backward has run."""

@@ -13,17 +13,23 @@ There is one Python thread; no lane has a queue of its own on the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dualpipe.stage import Pending
+from dualpipe.clock import Clock
+from dualpipe.stage import Lane, Pending
 
 Begin = Callable[[], Pending]
 
 
 class Lanes(Protocol):
+    def compute(self, name: str, run: Callable[[], None]) -> None:
+        """Run a compute piece."""
+        ...
+
     def start(self, name: str, begin: Begin) -> Pending:
         """Start a communication on its lane, after the compute that has been issued so far.
 
@@ -32,7 +38,14 @@ class Lanes(Protocol):
         ...
 
 
-class HostLanes:
+class _Direct:
+    """Compute runs where it is called: in the current stream of the one thread."""
+
+    def compute(self, name: str, run: Callable[[], None]) -> None:
+        run()
+
+
+class HostLanes(_Direct):
     """Asynchronous collectives need no help: they run on the backend's threads."""
 
     def start(self, name: str, begin: Begin) -> Pending:
@@ -47,14 +60,14 @@ class _Done:
         return self._results
 
 
-class SerialLanes:
+class SerialLanes(_Direct):
     """No second lane: a communication is over before anything else begins."""
 
     def start(self, name: str, begin: Begin) -> Pending:
         return _Done(begin().wait())
 
 
-class StreamLanes:
+class StreamLanes(_Direct):
     """Communication on a stream of its own; events order it against the compute stream, and the host waits for none.
 
     communication   the stream to run on; on a CUDA device one of high priority, so that its few kernels are not
@@ -105,3 +118,48 @@ def lanes_for(device: torch.device, overlap: bool) -> Lanes:
     if not overlap:
         return SerialLanes()
     return HostLanes() if device.type == "cpu" else StreamLanes.on(device)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One piece on a lane, between two marks of a clock. Communication ends, as seen from here, when it was waited for.
+
+    `waited` is when the wait began: up to there compute ran beside it.
+    """
+
+    lane: Lane
+    name: str
+    start: Any
+    end: Any
+    waited: Any = None
+
+
+class RecordingLanes:
+    """Lanes that note what ran when, in `marks`; for pictures (`benchmarks/overlap_trace.py`)."""
+
+    def __init__(self, inner: Lanes, clock: Clock) -> None:
+        self._inner, self._clock = inner, clock
+        self.marks: list[Mark] = []
+
+    def compute(self, name: str, run: Callable[[], None]) -> None:
+        start = self._clock.mark()
+        self._inner.compute(name, run)
+        self.marks.append(Mark(Lane.COMPUTE, name, start, self._clock.mark()))
+
+    def start(self, name: str, begin: Begin) -> Pending:
+        start = self._clock.mark()
+        return _Recorded(self, name, start, self._inner.start(name, begin))
+
+    def finish(self, name: str, start: Any, pending: Pending) -> tuple[Any, ...]:
+        waited = self._clock.mark()
+        results = pending.wait()
+        self.marks.append(Mark(Lane.COMM, name, start, self._clock.mark(), waited))
+        return results
+
+
+class _Recorded:
+    def __init__(self, lanes: RecordingLanes, name: str, start: Any, pending: Pending) -> None:
+        self._lanes, self._name, self._start, self._pending = lanes, name, start, pending
+
+    def wait(self) -> tuple[Any, ...]:
+        return self._lanes.finish(self._name, self._start, self._pending)

@@ -23,7 +23,7 @@ from torch import Tensor
 from dualpipe.clock import clock_of
 from dualpipe.execution import Lap, Mode, Pass, Task, Tools, make_mode
 from dualpipe.fill import IdleMeter, fill_idle
-from dualpipe.lanes import lanes_for
+from dualpipe.lanes import Lanes, lanes_for
 from dualpipe.p2p import P2P, Links, PeerLostError, Transport
 from dualpipe.schedule import Kind, Schedule, Step, parts
 from dualpipe.stage import Stage
@@ -46,6 +46,7 @@ class Runtime:
     fill      move deferred weight gradients into idle time measured in earlier steps (`fill.py`).
     timeout   how long a message may take before its sender is given up.
     transport what carries the messages; by default `P2P` over the links.
+    lanes     how communication runs beside compute; by default as the device and `overlap` ask (`lanes.py`).
 
     After a step, `peak_activations` is how many activations were alive at most, and with `record = True`, `spans` has
     a span for every step of the schedule and every wait, in seconds since the step began on this rank.
@@ -65,6 +66,7 @@ class Runtime:
         device: torch.device | None = None,
         timeout: timedelta = timedelta(minutes=5),
         transport: Transport | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         validate(schedule)
         if sorted(stages) != list(schedule.stages_of(rank)):
@@ -80,7 +82,7 @@ class Runtime:
         self._stages = stages
         self._schedule = schedule
         self._rank = rank
-        self._tools = Tools(queue, overlap, clock_of(device), lanes_for(device, overlap))
+        self._tools = Tools(queue, overlap, clock_of(device), lanes or lanes_for(device, overlap))
         self._fill = fill
         self._meter = IdleMeter()
         self._transport = transport or P2P(links or Links({}, (0,)), device, timeout)
