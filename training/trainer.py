@@ -37,6 +37,7 @@ from training.data import BatchPlan, PackedDataset
 from training.diagnose import find_culprit
 from training.ema import WeightAverage
 from training.guard import Diverged, Guard
+from training.initial import find_weights, load_initial
 from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
@@ -58,6 +59,7 @@ class Job:
     corpus: Corpus
     device: torch.device
     resume: Path | None  # the checkpoint to go on from
+    init_from: Path | None  # whose weights to begin with, if there is nothing to go on from
 
     @property
     def run_dir(self) -> Path:
@@ -104,7 +106,10 @@ def prepare(config: Config, world: int) -> Job:
         )
     device = resolve_device(config.launch.device)
     check_capacity(config, layout, schedule, device)
-    job = Job(config, layout, schedule, corpus, device, find_resume_point(config, layout))
+    resume, weights = find_resume_point(config, layout), None
+    if resume is None and config.init_from is not None:
+        weights = find_weights(config.init_from, config.model)
+    job = Job(config, layout, schedule, corpus, device, resume, weights)
     for split in ("train", "val"):
         job.dataset(split)
     return job
@@ -138,6 +143,8 @@ class Trainer:
             order = order_experts(job.config.model, job.layout.ep, expert_loads)
         options = job.options if order is None else replace(job.options, placement=order.by_layer)
         self.replica = build_replica(job.config.model, job.schedule, mesh, precision, options)
+        if job.init_from is not None:
+            load_initial(job.init_from, job.config.model, self.replica.stages)
         self.guard = Guard(job.config.guard)
         self.update = make_update(self.replica, job.config.optim, job.config.seed)
         self.train_data, self.val_data = job.dataset("train"), job.dataset("val")

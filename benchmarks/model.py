@@ -1,0 +1,281 @@
+"""Training speed of the model against transformers' DeepseekV3ForCausalLM; `--scaling` shows cost as work grows.
+
+    .venv/bin/python -m benchmarks.model [--rounds 3] [--scaling]
+
+One process, two threads; the same configuration, weights, tokens and AdamW (torch's fused one). Ours and the peer's
+steps are taken in turns and the median of each is compared. A step is forward, backward and optimizer.
+
+    fp32   both compute in FP32
+    bf16   ours: FP32 masters, BF16 products. The peer twice: the same under autocast, and with all of it in BF16
+
+The second table has the share of the machine's GEMM peak (the best of products like the model's, measured here, by
+torch and by oneDNN) that the step's multiplications with weights reach, and where the time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import profile
+
+from benchmarks.peer import our_model, peer_model, weights_of
+from benchmarks.report import RESULTS, Row, publish
+from model.batch import MicroBatch
+from model.config import ModelConfig
+from model.describe import attention_flops, count_parameters
+from model.products import product
+
+THREADS = 2
+SMALL = ModelConfig(
+    vocab_size=8192, num_layers=6, num_dense_layers=1, hidden_size=512, dense_ffn_size=1536, num_heads=8,
+    query_rank=256, key_value_rank=128, head_dim=64, rope_dim=32, value_dim=64, num_experts=32, experts_per_token=4,
+    expert_ffn_size=256, num_groups=8, groups_per_token=4,
+)  # fmt: skip
+LARGE = replace(SMALL, num_experts=64, experts_per_token=6)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: ModelConfig
+    seq_len: int
+    batch: int = 4
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len * self.batch
+
+
+CASES = (Case("32 experts, top-4, 4 × 512", SMALL, 512), Case("64 experts, top-6, 4 × 1024", LARGE, 1024))
+
+
+def random_batch(case: Case) -> MicroBatch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, case.config.vocab_size, (case.batch, case.seq_len + 1), generator=generator)
+    zeros = torch.zeros(case.batch, case.seq_len, dtype=torch.int64)
+    positions = torch.arange(case.seq_len).expand(case.batch, -1)
+    return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), zeros, positions, 1 / case.tokens)
+
+
+def adamw(parameters: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def our_step(case: Case, precision: str) -> Callable[[], float]:
+    replica, batch = our_model(case.config, precision), random_batch(case)
+    optimizer = adamw(replica.stages[0].parameters())
+
+    def step() -> float:
+        for buffer in replica.buffers:
+            buffer.flat.zero_()
+        (loss,) = replica.pipeline.step([batch]).values()
+        optimizer.step()
+        replica.precision.refresh()
+        return float(loss.sum())
+
+    return step
+
+
+def peer_step(case: Case, dtype: torch.dtype, autocast: bool) -> Callable[[], float]:
+    weights = weights_of(our_model(case.config, "fp32").stages[0])
+    peer, batch = peer_model(case.config, weights, dtype).train(), random_batch(case)
+    optimizer = adamw(peer.parameters())
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = peer(
+                input_ids=batch.tokens_BS, labels=batch.tokens_BS, shift_labels=batch.targets_BS, use_cache=False
+            )
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(out.loss)
+
+    return step
+
+
+def seconds(step: Callable[[], float]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def compare(case: Case, rounds: int) -> list[Row]:
+    """Tokens per second of ours against each peer, steps taken in turns after two to warm up."""
+    rows = []
+    peers = {
+        "fp32": {"transformers, FP32": (torch.float32, False)},
+        "bf16": {"transformers, autocast": (torch.float32, True), "transformers, all BF16": (torch.bfloat16, False)},
+    }
+    for precision, kinds in peers.items():
+        steps = {"ours": our_step(case, precision)} | {n: peer_step(case, *kind) for n, kind in kinds.items()}
+        losses = {name: [step(), step()] for name, step in steps.items()}
+        for name, values in losses.items():
+            if abs(values[0] - losses["ours"][0]) > 0.01 * values[0]:
+                raise RuntimeError(f"{name} does not compute what ours does: {losses}")
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                times[name].append(seconds(step))
+        speed = {name: case.tokens / statistics.median(values) for name, values in times.items()}
+        rows += [
+            Row(f"{case.name}, {precision}", "tokens/s", speed["ours"], name, speed[name]) for name in list(steps)[1:]
+        ]
+        del steps
+        gc.collect()
+    return rows
+
+
+# -- the machine's limit, and where the time goes ----------------------------------------------------------------------
+
+
+def gemm_peak(dtype: torch.dtype) -> tuple[float, float]:
+    """Best GFLOP/s of products like the model's: (by `product`, by torch alone)."""
+    best = [0.0, 0.0]
+    for rows, inner, columns in ((2048, 512, 1024), (2048, 256, 768), (256, 512, 512)):
+        a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+        for i, multiply in enumerate((lambda a=a, b=b: product(a, b), lambda a=a, b=b: a @ b.t())):
+            multiply()
+            times = []
+            for _ in range(9):
+                start = time.perf_counter()
+                multiply()
+                times.append(time.perf_counter() - start)
+            best[i] = max(best[i], 2e-9 * rows * inner * columns / min(times))
+    return best[0], best[1]
+
+
+def where_time_goes(case: Case, precision: str) -> dict[str, float]:
+    """Milliseconds of one step by kind of operation, and the share of the GEMM peak."""
+    step = our_step(case, precision)
+    step()
+    step()
+    elapsed = statistics.median(seconds(step) for _ in range(3))
+    with profile() as measured:
+        step()
+    kinds = {
+        "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm_"),
+        "copies and casts": ("aten::copy_", "aten::index", "aten::cat"),
+        "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::_log_softmax"),
+        "optimizer, zeros": ("aten::_fused_adamw_", "aten::fill_"),
+    }
+    events = {e.key: e.self_cpu_time_total / 1e3 for e in measured.key_averages()}
+    table = {kind: sum(events.get(name, 0.0) for name in names) for kind, names in kinds.items()}
+    table["all else"] = sum(events.values()) - sum(table.values())
+    counts = count_parameters(case.config)
+    flops = 6.0 * (counts.active - counts.embedding) * case.tokens
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    peak, by_torch = gemm_peak(dtype)
+    print(f"\n{case.name}, {precision}: {1e3 * elapsed:.0f} ms per step. Share of the GEMM peak of {peak:.0f} GFLOP/s")
+    print(f"(torch's own: {by_torch:.0f}): {flops / elapsed / 1e9 / peak:.2f}, attention's products not counted.")
+    total = sum(table.values())
+    for kind, value in table.items():
+        print(f"  {kind:18}{value:8.0f} ms  {value / total:5.1%}")
+    table |= {"step_ms": 1e3 * elapsed, "gemm_peak_gflops": peak, "torch_gemm_gflops": by_torch}
+    return table | {"share_of_peak": flops / elapsed / 1e9 / peak, "attention_gflops": attention_share(case)}
+
+
+def attention_share(case: Case) -> float:
+    return 3e-9 * attention_flops(case.config, case.seq_len) * case.tokens
+
+
+# -- cost as work grows ------------------------------------------------------------------------------------------------
+
+
+def scaling() -> None:
+    """Time and peak memory per token as the sequence or the number of experts grows; draws a picture."""
+    lengths = [Case(str(s), replace(SMALL, num_layers=2), s, 4096 // s) for s in (512, 1024, 2048, 4096)]
+    experts = [
+        Case(str(e), replace(SMALL, num_layers=2, num_experts=e, expert_ffn_size=64), 512, 8)
+        for e in (16, 32, 64, 128, 256)
+    ]
+    data = {"sequence": [_point(c) for c in lengths], "experts": [_point(c) for c in experts]}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "model_scaling.json").write_text(json.dumps(data, indent=1) + "\n")
+    for name, points in data.items():
+        print(f"{name:>10}  µs per token  activations, KiB per token")
+        for point in points:
+            print(f"{point['size']:10.0f}{point['us_per_token']:14.1f}{point['kib_per_token']:27.1f}")
+    _draw(data, Path("docs/pictures/model_scaling.svg"))
+
+
+def _point(case: Case) -> dict[str, float]:
+    """Forward and backward alone: the optimizer's time depends on the parameters, not on the tokens."""
+    replica, batch = our_model(case.config, "fp32"), random_batch(case)
+    replica.pipeline.step([batch])
+    taken = statistics.median(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(3))
+    before = _reset_peak()
+    replica.pipeline.step([batch])
+    peak = resource_peak() - before
+    return {
+        "size": float(case.name), "us_per_token": 1e6 * taken / case.tokens, "kib_per_token": peak / 1024 / case.tokens
+    }  # fmt: skip
+
+
+def _reset_peak() -> int:
+    """Give freed memory back, start the kernel's record of the peak anew; returns what is in use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resource_peak()
+
+
+def resource_peak() -> int:
+    """Peak resident memory in bytes, since the last reset where the kernel has one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _draw(data: dict[str, list[dict[str, float]]], picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, (name, points) in zip(axes, data.items(), strict=True):
+        sizes = [p["size"] for p in points]
+        axis.plot(sizes, [p["us_per_token"] for p in points], marker="o", color="#1f4e8c", label="µs per token")
+        axis.plot(sizes, [p["kib_per_token"] for p in points], marker="s", color="#c26d2d", label="peak KiB per token")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [f"{s:.0f}" for s in sizes])
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel({"sequence": "sequence length", "experts": "experts, active parameters constant"}[name])
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scaling", action="store_true", help="cost as sequence and experts grow, instead")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(THREADS)
+    if options.scaling:
+        scaling()
+        return
+    publish("model", [row for case in CASES for row in compare(case, options.rounds)])
+    tables = {f"{c.name}, {p}": where_time_goes(c, p) for c in CASES for p in ("fp32", "bf16")}
+    (RESULTS / "model_time.json").write_text(json.dumps(tables, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
