@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -79,16 +79,17 @@ class CheckpointWriter:
         target = checkpoint_path(self.folder, state.step)
         writing = self.folder / f".writing_{target.name}"
         first = self._mesh.rank == 0
-        if first:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-        self._gather(None)
-        save_fragments(writing, fragments, self._group)
-        mine = {path.name: digest(path) for path in writing.glob(f"__{self._mesh.rank}_*.distcp")}
-        tables = self._gather(mine)
-        if first:
-            self._finish(state, writing, target, {name: entry for table in tables for name, entry in table.items()})
-        self._gather(None)
+        try:
+            self._together(lambda: _make_anew(writing) if first else None)
+            save_fragments(writing, fragments, self._group)
+            mine = f"__{self._mesh.rank}_*.distcp"
+            tables = self._together(lambda: {path.name: digest(path) for path in writing.glob(mine)})
+            entries = {name: entry for table in tables for name, entry in table.items()}
+            self._together(lambda: self._finish(state, writing, target, entries) if first else None)
+        except Exception:
+            if first:
+                shutil.rmtree(writing, ignore_errors=True)  # a full disk has better use for the room
+            raise
         return time.perf_counter() - started
 
     def _finish(self, state: RunState, writing: Path, target: Path, entries: dict[str, Entry]) -> None:
@@ -101,12 +102,30 @@ class CheckpointWriter:
         flush(self.folder)
         prune(self.folder, self._keep_last, self._keep_every)
 
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """Do this on every rank; returns what each rank got. Raises the first rank's error, on all of them."""
+        mine: tuple[Any, str | None]
+        try:
+            mine = action(), None
+        except Exception as error:
+            mine = None, f"{error}"
+        results = self._gather(mine)
+        for rank, (_, problem) in enumerate(results):
+            if problem is not None:
+                raise CheckpointError(f"on rank {rank}: {problem}")
+        return [value for value, _ in results]
+
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self._mesh.layout.world
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 class Staging:

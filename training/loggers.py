@@ -100,9 +100,11 @@ class JsonlLogger:
 
     resume_step   the step of the checkpoint that the run goes on from, 0 for none: rows of later steps in an
                   existing file are dropped first, and lines that a crash left incomplete.
+    on_failure    told why when a line cannot be written (a full disk); None: raise OSError
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, resume_step: int = 0, on_failure: Callable[[str], None] | None = None) -> None:
+        self._on_failure = on_failure
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         if path.exists():
@@ -128,11 +130,22 @@ class JsonlLogger:
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()  # writes what it still holds
+        except OSError as error:
+            self._report(error)
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        if self._on_failure is None:
+            raise error
+        self._on_failure(f"{self._path} cannot be written: {error}")
 
 
 def _json_number(value: float) -> float | str:

@@ -35,7 +35,7 @@ def run(config: Config) -> int:
     stop_on_signals(stop)
     try:
         job = prepare(config, world)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return end_on_purpose(BAD_CONFIG)
@@ -66,6 +66,10 @@ def _train(job: Job, trainer: Trainer) -> int:
         if trainer.mesh.rank == 0:
             _say_stopped(job, trainer, stopped.stop)
         return end_on_purpose(FAILED) if stopped.stop.failed else end_on_purpose(0, STOPPED)
+    except CheckpointError as error:  # alike on all ranks
+        if trainer.mesh.rank == 0:
+            _say_stopped(job, trainer, Stop(str(error), failed=True))
+        return end_on_purpose(FAILED)
     except Diverged as diverged:
         if trainer.mesh.rank == 0:
             trainer.logger.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ DRAWABLE = 600  # steps of a schedule; larger ones make a picture of stripes
 ROOT = Path(__file__).parent.parent
 
 
-def make_logger(config: Config, run_dir: Path, step: int, wandb_id: str) -> tuple[CompositeLogger, WandbLogger | None]:
-    """All loggers of a run that goes on from `step`, and the one for W&B among them (None without)."""
+def make_logger(
+    config: Config, run_dir: Path, step: int, wandb_id: str, on_failure: Callable[[str], None]
+) -> tuple[CompositeLogger, WandbLogger | None]:
+    """All loggers of a run that goes on from `step`, and the one for W&B among them (None without).
+
+    on_failure   told why, when the metrics cannot be written any more
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     loggers: list[RunLogger] = [
-        JsonlLogger(run_dir / "metrics.jsonl", step),
+        JsonlLogger(run_dir / "metrics.jsonl", step, on_failure),
         ConsoleLogger(config.steps, config.log_every),
     ]
     names = config.logger.name

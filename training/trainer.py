@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,7 @@ from parallel.zero import load_deepspeed
 from training import checkpoint
 from training.balance import BalanceMonitor, bias_rate
 from training.capacity import check_capacity
-from training.checkpoint import RunState
+from training.checkpoint import CheckpointError, RunState
 from training.checkpoint_writer import CheckpointWriter
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
@@ -43,6 +44,7 @@ from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
 from training.recipe import batch_at, factor_at, value_at
 from training.resume import find_resume_point
+from training.run_dir import check_writable
 from training.run_logging import make_logger
 from training.step import StepResult, evaluate, train_step
 from training.stop import RunStopped, StopRequest
@@ -112,6 +114,7 @@ def prepare(config: Config, world: int) -> Job:
     job = Job(config, layout, schedule, corpus, device, resume, weights)
     for split in ("train", "val"):
         job.dataset(split)
+    check_writable(job.run_dir)
     return job
 
 
@@ -159,7 +162,9 @@ class Trainer:
         self.writer = CheckpointWriter(job.checkpoints, mesh, job.config.keep_last, job.config.keep_every)
         self.logger, self.wandb = CompositeLogger([]), None
         if mesh.rank == 0:
-            self.logger, self.wandb = make_logger(job.config, job.run_dir, self.step, self.wandb_id)
+            self.logger, self.wandb = make_logger(
+                job.config, job.run_dir, self.step, self.wandb_id, on_failure=stop.fail
+            )
         if order is not None:
             self.logger.text(self.step, "expert placement", str(order))
 
@@ -177,6 +182,8 @@ class Trainer:
                 if not stop.failed:
                     self._save()
                     self.writer.wait()
+                with suppress(CheckpointError):  # that a save failed may be the reason
+                    self.writer.wait()
                 raise RunStopped(stop)
             val_loss = None
             if self.step % config.eval_every == 0 or self.step == config.steps:
@@ -189,6 +196,13 @@ class Trainer:
         self.writer.wait()
         return val_loss
 
+    def _look_after_checkpoint(self) -> None:
+        """Ranks may notice at different steps that a checkpoint has failed; so they agree on the end."""
+        try:
+            self.writer.poll()
+        except CheckpointError as error:
+            self.stop.fail(str(error))
+
     def close(self) -> None:
         """Let go of everything that must be gone before the process group."""
         self.writer.close()
@@ -199,7 +213,7 @@ class Trainer:
     def _train_one_step(self) -> None:
         config = self.job.config
         started = time.perf_counter()
-        self.writer.poll()
+        self._look_after_checkpoint()
         clock = self.tokens / config.recipe.token_scale
         plan = self._plan(clock)
         batch = self._on_device(plan.batch_at(self.train_data, self.samples, self.mesh.dp))

@@ -1,0 +1,279 @@
+"""What becomes of a run when something breaks: the table of docs/faults.md.
+
+    python -m benchmarks.faults              every fault; two of them (nodes, a small disk) need Linux and root
+    python -m benchmarks.faults sigstop nan  some of them
+
+A model of a few thousand parameters on two ranks (four for the lost node) under launch/torchrun.sh, a checkpoint every
+5 steps, launch.timeout_seconds=10. Each fault is made in a running job, from outside. Measured are the seconds until
+the run reacts (its first message, or the end of its process), the seconds until it has trained a step it had not
+trained before, and the steps that had to be done again or are lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.report import RESULTS, machine
+from launch.virtual_cluster import VirtualCluster
+from launch.virtual_network import VirtualNetwork, why_not
+from tests.job import MODEL, ROOT, SIZE, Job, checkpoints, losses, steps_done, write_text
+
+LOOP = (
+    "steps=60 save_every=5 keep_last=3 eval_every=60 sample_tokens=0 logger=none "
+    "launch.timeout_seconds=10 launch.threads=1"
+)
+SAME, NOT_SAME = "bit-equal to the undisturbed run", "DIFFERENT"
+SCRIPT = [str(ROOT / "launch" / "torchrun.sh")]
+TWO_RANKS = {"NPROC_PER_NODE": "2"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """seconds_until_noticed, seconds_until_new_step (None: it does not go on by itself), steps_lost, what is said."""
+
+    fault: str
+    seconds_until_noticed: float | None
+    seconds_until_new_step: float | None
+    steps_lost: int
+    ends_with: str
+    says: str
+
+
+def newest_step(run_dir: Path) -> int:
+    found = checkpoints(run_dir)
+    return int(found[-1].removeprefix("step_")) if found else 0
+
+
+def until(happened: Callable[[], bool], limit: float = 120) -> float:
+    """Seconds until something happens. Raises TimeoutError after the limit."""
+    began = time.monotonic()
+    while not happened():
+        if time.monotonic() - began > limit:
+            raise TimeoutError(f"nothing happened in {limit:.0f} s")
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def first(pattern: str, text: str) -> str:
+    """The first line that holds the pattern, without the paths in it."""
+    line = next((li for li in text.splitlines() if re.search(pattern, li)), "")
+    return re.sub(r"/\S*/(?=\S)", "", line).strip()[:160]
+
+
+def when_ready(job: Job, run_dir: Path) -> int:
+    """Wait until the run has a checkpoint and is some steps past it; returns the step."""
+    job.wait_until(lambda: newest_step(run_dir) >= 5 and steps_done(run_dir) >= newest_step(run_dir) + 2)
+    return steps_done(run_dir)
+
+
+def restarted(folder: Path, name: str, fault: str, strike: Callable[[Job], None]) -> Outcome:
+    """A fault after which torchrun starts the ranks again."""
+    run_dir = folder / name
+    with Job(folder, name, LOOP, SCRIPT, TWO_RANKS) as job:
+        done = when_ready(job, run_dir)
+        strike(job)
+        resumed_from = newest_step(run_dir)
+        noticed = until(lambda: "] failed " in job.output or "Sending process" in job.output)
+        again = until(lambda: job.output.count("node  ranks") > 1)
+        again += until(lambda: steps_done(run_dir) > done)
+        job.finish()
+        said = first(r"\[rank \d+\] failed|Timed out|imed out waiting|Connection", job.output)
+    equal = SAME if losses(run_dir) == losses(folder / "whole") else NOT_SAME
+    return Outcome(fault, noticed, noticed + again, done - resumed_from, equal, said)
+
+
+def sigkill(folder: Path) -> Outcome:
+    return restarted(folder, "sigkill", "SIGKILL of a rank", lambda job: job.rank(1).kill())
+
+
+def sigstop(folder: Path) -> Outcome:
+    return restarted(folder, "sigstop", "SIGSTOP of a rank", lambda job: job.rank(1).suspend())
+
+
+def node(folder: Path) -> Outcome:
+    name, run_dir = "node", folder / "node"
+    places = f"run={name} runs_dir={folder} data.path={folder / 'text'} data.cache_dir={folder / 'cache'}"
+    overrides = f"{MODEL} {SIZE} {places} {LOOP} parallel.pp=4 model.num_layers=4 schedule.micro_batches=8".split()
+    with VirtualNetwork(2) as network, VirtualCluster(network, 2, overrides) as cluster:
+        cluster.start_all()
+        until(lambda: newest_step(run_dir) >= 5 and steps_done(run_dir) >= newest_step(run_dir) + 2)
+        done = steps_done(run_dir)
+        cluster.lose(1)
+        resumed_from = newest_step(run_dir)
+        began = time.monotonic()
+        noticed = until(lambda: "] failed " in cluster.output(0))
+        cluster.start(1)  # what Slurm or Kubernetes do
+        until(lambda: cluster.output(0).count("node  ranks") > 1)
+        until(lambda: steps_done(run_dir) > done)
+        again = time.monotonic() - began
+        codes = cluster.wait(120)
+        said = first(r"\[rank \d+\] failed", cluster.output(0))
+    return Outcome("SIGKILL of a node", noticed, again, done - resumed_from, f"exit codes {codes}", said)
+
+
+def sigterm(folder: Path) -> Outcome:
+    run_dir = folder / "sigterm"
+    with Job(folder, "sigterm", LOOP, SCRIPT, TWO_RANKS) as job:
+        when_ready(job, run_dir)
+        os.kill(job.torchrun.pid, signal.SIGTERM)
+        noticed = until(lambda: job.torchrun.poll() is not None)
+        said = first("stopped after", job.output)
+    lost = steps_done(run_dir) - newest_step(run_dir)
+    return Outcome("SIGTERM", noticed, None, lost, f"exit code {job.torchrun.returncode}", said)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def full_disk(folder: Path) -> Outcome:
+    with small_disk(folder) as disk:
+        write_text(disk)
+        run_dir = disk / "full"
+        with Job(disk, "full", LOOP, SCRIPT, TWO_RANKS) as job:
+            when_ready(job, run_dir)
+            room = os.statvfs(disk)
+            with (disk / "filler").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - 65536)
+            noticed = until(lambda: "stopped after" in job.output)
+            job.torchrun.wait(timeout=60)
+            said = first("stopped after", job.output)
+            stopped = re.search(r"stopped after step (\d+)", said)
+        lost = int(stopped[1]) - newest_step(run_dir) if stopped else -1
+        code = f"exit code {job.torchrun.returncode}"
+    return Outcome("full disk", noticed, None, lost, code, said)
+
+
+def damaged(folder: Path, name: str, fault: str, damage: Callable[[Path], None]) -> Outcome:
+    """The largest file of the newest checkpoint is damaged between two runs; seconds count from the second's start."""
+    run_dir = folder / name
+    with Job(folder, name, LOOP, SCRIPT, TWO_RANKS) as job:
+        when_ready(job, run_dir)
+        os.kill(job.torchrun.pid, signal.SIGTERM)
+        job.finish()
+    done = newest_step(run_dir)
+    newest, before = run_dir / "checkpoints" / checkpoints(run_dir)[-1], checkpoints(run_dir)[-2]
+    damage(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
+    with Job(folder, name, LOOP, SCRIPT, TWO_RANKS) as job:
+        noticed = until(lambda: newest.name in job.output)
+        again = noticed + until(lambda: steps_done(run_dir) > done)
+        said = first(newest.name, job.output)
+        job.finish()
+    same = SAME if losses(run_dir) == losses(folder / "whole") else NOT_SAME
+    return Outcome(fault, noticed, again, done - int(before.removeprefix("step_")), same, said)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def flipped(folder: Path) -> Outcome:
+    return damaged(folder, "flipped", "one bit flipped in the newest checkpoint", flip)
+
+
+def truncated(folder: Path) -> Outcome:
+    return damaged(folder, "truncated", "shard truncated", lambda path: os.truncate(path, path.stat().st_size // 2))
+
+
+def missing(folder: Path) -> Outcome:
+    return damaged(folder, "missing", "shard missing", Path.unlink)
+
+
+def nan(folder: Path) -> Outcome:
+    run_dir = folder / "nan"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "benchmarks/poisoned_train.py"]
+    with Job(folder, "nan", LOOP, command, {"POISON_STEP": "10", "PYTHONPATH": str(ROOT)}) as job:
+        job.finish()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    skipped = [row["step"] for row in rows if row.get("train/skipped")]
+    said = f"metrics: train/skipped = 1 in step {skipped}, train/grad_norm nan"
+    return Outcome("NaN in one rank's gradient", 0.0, 0.0, len(skipped), f"exit code {job.torchrun.returncode}", said)
+
+
+def slow(folder: Path) -> Outcome:
+    """Rank 1 is held still for half of the time, 50 ms each, during 20 steps."""
+    run_dir = folder / "slow"
+    with Job(folder, "slow", LOOP, SCRIPT, TWO_RANKS) as job:
+        start = when_ready(job, run_dir)
+        normal = until(lambda: steps_done(run_dir) >= start + 15) / 15
+        start, began, victim = steps_done(run_dir), time.monotonic(), job.rank(1)
+        while steps_done(run_dir) < start + 20:
+            victim.suspend()
+            time.sleep(0.05)
+            victim.resume()
+            time.sleep(0.05)
+        held = (time.monotonic() - began) / 20
+        job.finish()
+    same = SAME if losses(run_dir) == losses(folder / "whole") else NOT_SAME
+    return Outcome("slow rank (half speed)", None, 0.0, 0, same, f"fewer tokens/s: a step takes {held / normal:.1f}×")
+
+
+FAULTS: dict[str, Callable[[Path], Outcome]] = {
+    "sigkill": sigkill, "node": node, "sigstop": sigstop, "sigterm": sigterm, "full_disk": full_disk,
+    "flipped": flipped, "truncated": truncated, "missing": missing, "nan": nan, "slow": slow,
+}  # fmt: skip
+NEED_ROOT = ("node", "full_disk")
+
+
+def table(outcomes: list[Outcome]) -> str:
+    def cell(seconds: float | None) -> str:
+        return "–" if seconds is None else f"{seconds:.1f}"
+
+    head = "| fault | noticed after (s) | new step after (s) | steps lost | ends | says |"
+    rows = [head, "|---|---|---|---|---|---|"]
+    rows += [
+        f"| {o.fault} | {cell(o.seconds_until_noticed)} | {cell(o.seconds_until_new_step)} | {o.steps_lost} | "
+        f"{o.ends_with} | {o.says} |"
+        for o in outcomes
+    ]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; default: all")
+    chosen = parser.parse_args().faults or list(FAULTS)
+    unknown = [name for name in chosen if name not in FAULTS]
+    if unknown:
+        parser.error(f"unknown faults {', '.join(unknown)}; choose of {', '.join(FAULTS)}")
+    outcomes = []
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        write_text(folder)
+        with Job(folder, "whole", LOOP, SCRIPT, TWO_RANKS) as job:
+            job.finish()
+        for name in chosen:
+            if name in NEED_ROOT and (reason := why_not()) is not None:
+                print(f"{name} left out: {reason}", flush=True)
+                continue
+            outcomes.append(FAULTS[name](folder))
+            print(table(outcomes[-1:]).splitlines()[-1], flush=True)
+    print("\n" + table(outcomes))
+    RESULTS.mkdir(exist_ok=True)
+    data = {"outcomes": [asdict(outcome) for outcome in outcomes], "machine": machine()}
+    (RESULTS / "faults.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
