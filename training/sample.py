@@ -25,8 +25,11 @@ from training.checkpoint import CheckpointError, list_checkpoints, load_weights,
 from training.corpus import ByteTokenizer
 
 
-def load_model(path: Path) -> tuple[ModelStage, int]:
-    """The whole model of a checkpoint on the CPU in FP32, and the sequence length that it was trained with."""
+def load_model(path: Path, averaged: bool = False) -> tuple[ModelStage, int]:
+    """The whole model of a checkpoint on the CPU in FP32, and the sequence length that it was trained with.
+
+    averaged   take the moving average of the weights (optim.ema) instead of the weights
+    """
     state = read_run_state(path)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), state.config["model"]))
     assert isinstance(config, ModelConfig)
@@ -34,7 +37,7 @@ def load_model(path: Path) -> tuple[ModelStage, int]:
     mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
     schedule = make_schedule("one_f_one_b", 1, 1)
     stages = build_stages(config, schedule, mesh, precision, BuildOptions(param_dtype=dtype), WeightGradQueue())
-    load_weights(path, stages[0])
+    load_weights(path, stages[0], averaged)
     return stages[0], state.config["data"]["seq_len"]
 
 
@@ -59,9 +62,11 @@ def generate(model: ModelStage, prompt: list[int], count: int, window: int, temp
     return tokens[len(prompt) :]
 
 
-def sample_text(path: Path, prompt: str, count: int, temperature: float = 0.7, seed: int = 0) -> str:
+def sample_text(
+    path: Path, prompt: str, count: int, temperature: float = 0.7, seed: int = 0, averaged: bool = False
+) -> str:
     """The prompt and what the model of a checkpoint makes of it."""
-    model, window = load_model(path)
+    model, window = load_model(path, averaged)
     tokenizer = ByteTokenizer()
     tokens = generate(model, tokenizer.encode(prompt), count, window, temperature, seed)
     return prompt + tokenizer.decode(tokens)
@@ -74,13 +79,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = always the likeliest")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (optim.ema)")
     options = parser.parse_args()
     found = list_checkpoints(options.run / "checkpoints")
     if not found:
         print(f"error: {options.run} has no checkpoint", file=sys.stderr)
         return 2
     try:
-        print(sample_text(found[-1], options.prompt, options.tokens, options.temperature, options.seed))
+        sampling = (options.tokens, options.temperature, options.seed, options.ema)
+        print(sample_text(found[-1], options.prompt, *sampling))
     except (CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
