@@ -78,8 +78,7 @@ def our_step(case: Case, precision: str) -> Callable[[], float]:
     optimizer = adamw(replica.stages[0].parameters())
 
     def step() -> float:
-        for buffer in replica.buffers:
-            buffer.flat.zero_()
+        optimizer.zero_grad(set_to_none=False)
         (loss,) = replica.pipeline.step([batch]).values()
         optimizer.step()
         replica.precision.refresh()
@@ -208,7 +207,7 @@ def scaling() -> None:
         print(f"{name:>10}  µs per token  activations, KiB per token")
         for point in points:
             print(f"{point['size']:10.0f}{point['us_per_token']:14.1f}{point['kib_per_token']:27.1f}")
-    _draw(data, Path("docs/pictures/model_scaling.svg"))
+    _draw(data, Path("docs/images/model_scaling.svg"))
 
 
 def _point(case: Case) -> dict[str, float]:
