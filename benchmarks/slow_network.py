@@ -1,102 +1,29 @@
-"""A slow network on one machine: each node is a Linux network namespace behind a rate-limited link.
+"""Ranks on a slow network: virtual nodes behind rate-limited links (launch/virtual_network.py), one process per rank.
 
     with SlowNetwork(nodes=4, megabits=800) as network:
         outputs = network.run(["python", "-m", "benchmarks.some_worker"], ranks_per_node=1, timeout=300)
 
-Every namespace has one network interface, `link0`, a veth whose other end is a port of a common bridge. What leaves
-it is shaped by `tc … tbf` (token bucket) to the given rate, in every namespace alike, so a link is full duplex like a
-real one. Inside tbf flows share the link fairly (fq_codel), as queue pairs of a real card do: a message of a few bytes
-does not wait for megabytes of another connection. Ranks in one namespace talk over its loopback, which is not limited.
-
-Needs root and the tools `ip` and `tc` (Debian: iproute2). Names carry the process id; everything is removed at the end.
+Ranks in one node talk over its loopback, which is not limited. Sockets have small buffers: large ones would take in
+whole messages, and hide for a while how slow the link is. Linux and root only.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
-INTERFACE = "link0"
-BURST_SECONDS = 1e-3  # how much tbf lets through at once: what a timer tick of the kernel needs
-MTU = 9000
-SOCKET_BYTES = int(os.environ.get("SB", 262144))
-
-
-class NetworkError(RuntimeError):
-    """The slow network cannot be made here, or a rank on it failed; the message says why."""
+from launch.virtual_network import INTERFACE, NetworkError, VirtualNetwork
 
 
 @dataclass
-class SlowNetwork:
-    """`nodes` namespaces, each behind a link of `megabits` per second and direction (0: not limited)."""
+class SlowNetwork(VirtualNetwork):
+    """`nodes` nodes, each behind a link of `megabits` per second and direction (0: not limited)."""
 
-    nodes: int
-    megabits: float
-    _made: list[list[str]] = field(default_factory=list)  # commands that undo what was done
-
-    def __enter__(self) -> SlowNetwork:
-        check_tools()
-        try:
-            self._build()
-        except BaseException:
-            self._remove()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._remove()
-
-    @property
-    def _prefix(self) -> str:
-        return f"sn{os.getpid()}"
-
-    def name(self, node: int) -> str:
-        return f"{self._prefix}n{node}"
-
-    def _build(self) -> None:
-        bridge = f"{self._prefix}b"
-        _sh("ip", "link", "add", bridge, "type", "bridge")
-        self._made.append(["ip", "link", "del", bridge])
-        _sh("ip", "link", "set", bridge, "mtu", str(MTU), "up")
-        for node in range(self.nodes):
-            space, outside = self.name(node), f"{self._prefix}v{node}"
-            _sh("ip", "netns", "add", space)
-            self._made.append(["ip", "netns", "del", space])
-            ends = ("type", "veth", "peer", "name", INTERFACE, "netns", space)
-            _sh("ip", "link", "add", outside, "mtu", str(MTU), *ends)
-            self._made.append(["ip", "link", "del", outside])  # at once; the namespace's end goes with it
-            _sh("ip", "link", "set", outside, "master", bridge, "up")
-            inside = ("ip", "-n", space)
-            _sh(*inside, "link", "set", "lo", "up")
-            _sh(*inside, "address", "add", f"10.77.0.{node + 1}/24", "dev", INTERFACE)
-            _sh(*inside, "link", "set", INTERFACE, "mtu", str(MTU), "up")
-            for side in ("wmem", "rmem"):
-                setting = f"net.ipv4.tcp_{side}=4096 {SOCKET_BYTES // 2} {SOCKET_BYTES}"
-                _sh("ip", "netns", "exec", space, "sysctl", "-q", "-w", setting)
-            _sh("ip", "netns", "exec", space, "sysctl", "-q", "-w", "net.ipv4.tcp_slow_start_after_idle=0")
-        self.set_rate(self.megabits)
-
-    def set_rate(self, megabits: float) -> None:
-        """Change the rate of all links."""
-        self.megabits = megabits
-        for node in range(self.nodes):
-            tc = ("tc", "-n", self.name(node), "qdisc")
-            subprocess.run([*tc, "del", "dev", INTERFACE, "root"], capture_output=True, check=False)
-            if megabits:
-                burst = max(2 * 65536, int(megabits * 1e6 / 8 * BURST_SECONDS))
-                rate = ("rate", f"{megabits * 1e6:.0f}bit", "burst", str(burst), "latency", "50ms")
-                _sh(*tc, "add", "dev", INTERFACE, "root", "handle", "1:", "tbf", *rate)
-
-    def bytes_sent(self) -> list[int]:
-        """What each node has sent over its link since it was made, in bytes on the wire."""
-        counter = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
-        return [int(_sh("ip", "netns", "exec", self.name(n), "cat", counter)) for n in range(self.nodes)]
+    socket_bytes: int | None = 262_144
 
     def run(
         self, command: Sequence[str], ranks_per_node: int = 1, timeout: float = 300, cwd: Path | None = None
@@ -119,7 +46,7 @@ class SlowNetwork:
                     GLOO_SOCKET_IFNAME=INTERFACE,
                     OMP_NUM_THREADS="1",
                 )
-                inside = ["ip", "netns", "exec", self.name(rank // ranks_per_node), *command]
+                inside = self.command(rank // ranks_per_node, command)
                 output = open(f"{folder}/{rank}", "w+")  # noqa: SIM115 - closed below, after the process
                 process = subprocess.Popen(inside, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
                 running.append((process, output))
@@ -130,11 +57,6 @@ class SlowNetwork:
                     process.kill()
                     process.wait()
                     output.close()
-
-    def _remove(self) -> None:
-        for command in reversed(self._made):
-            subprocess.run(command, capture_output=True, check=False)
-        self._made.clear()
 
 
 def _collect(running: Sequence[tuple[subprocess.Popen[bytes], object]], timeout: float) -> list[str]:
@@ -159,19 +81,3 @@ def _collect(running: Sequence[tuple[subprocess.Popen[bytes], object]], timeout:
         output.seek(0)  # type: ignore[attr-defined]
         texts.append(output.read())  # type: ignore[attr-defined]
     return texts
-
-
-def check_tools() -> None:
-    """Raise NetworkError unless this process may make network namespaces."""
-    if os.geteuid() != 0:
-        raise NetworkError("the slow network needs root (network namespaces and tc): start the script with sudo")
-    for tool in ("ip", "tc"):
-        if shutil.which(tool) is None:
-            raise NetworkError(f"the slow network needs the tool {tool!r}: apt-get install iproute2")
-
-
-def _sh(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NetworkError(f"{' '.join(command)}: {done.stderr.strip()}")
-    return done.stdout

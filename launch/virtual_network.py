@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 INTERFACE = "link0"
 BURST_SECONDS = 1e-3  # how much tbf lets through at once: what a timer tick of the kernel needs
@@ -64,7 +65,7 @@ class VirtualNetwork:
     _mark: str = ""  # what the names of all parts begin with
     _undo: list[list[str]] = field(default_factory=list)  # commands that take back what was done
 
-    def __enter__(self) -> VirtualNetwork:
+    def __enter__(self) -> Self:
         if (problem := why_not()) is not None:
             raise NetworkError(problem)
         if not 1 <= self.nodes <= 250:
@@ -151,6 +152,7 @@ class VirtualNetwork:
             for side in ("wmem", "rmem"):
                 sizes = f"net.ipv4.tcp_{side}=4096 {self.socket_bytes // 2} {self.socket_bytes}"
                 _sh("ip", "netns", "exec", name, "sysctl", "-q", "-w", sizes)
+        _sh("ip", "netns", "exec", name, "sysctl", "-q", "-w", "net.ipv4.tcp_slow_start_after_idle=0")
 
     def _write_settings(self, name: str) -> None:
         folder = SETTINGS / name
