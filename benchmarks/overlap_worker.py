@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -19,6 +20,8 @@ import torch.distributed as dist
 
 from benchmarks.emulated import EmulatedModule, EmulatedStage, Shape
 from benchmarks.slow_network import INTERFACE
+from dualpipe.clock import HostClock
+from dualpipe.lanes import HostLanes, RecordingLanes
 from dualpipe.runtime import Runtime
 from dualpipe.schedule import Pair, parse_step
 from dualpipe.schedules import make_schedule
@@ -148,6 +151,25 @@ def job_step(micro_batches: int, repeats: int) -> dict[str, Any]:
     return results
 
 
+def job_trace(micro_batches: int) -> dict[str, Any]:
+    """One recorded step of the real model with overlap: [lane, piece, start, end] in seconds."""
+    schedule = make_schedule("dualpipe", PP, micro_batches)
+    mesh = Mesh.create(Layout(PP * EP, PP, EP), mirrors(schedule), TIMEOUT)
+    replica = build_replica(REAL, schedule, mesh, CastPrecision(torch.float32), BuildOptions(timeout=TIMEOUT))
+    lanes = RecordingLanes(HostLanes(), HostClock())
+    runtime = Runtime(
+        replica.stages, schedule, mesh.pp, mesh.links, replica.queue, fill=False, timeout=TIMEOUT, lanes=lanes
+    )
+    batch = [replace(real_batch(mesh.dp * micro_batches + m), loss_scale=1e-4) for m in range(micro_batches)]
+    origin = 0.0
+    for _ in range(2):  # the first warms up
+        lanes.marks.clear()
+        dist.barrier()
+        origin = time.perf_counter()
+        runtime.step(batch)
+    return {"spans": [(m.lane.value, m.name, m.start - origin, m.end - origin) for m in lanes.marks]}
+
+
 def real_batch(seed: int) -> MicroBatch:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, REAL.vocab_size, (8, 129), generator=generator)
@@ -205,6 +227,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "pair": job_pair,
     "peer": job_peer,
     "step": job_step,
+    "trace": job_trace,
     "bytes": job_bytes,
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dualpipe.arguments import add_costs, add_schedule, add_size, costs_from, schedule_from
 from dualpipe.compare import compare, comparison_table
+from dualpipe.lanes_plot import save_lanes
 from dualpipe.perfetto import to_perfetto
 from dualpipe.plot import save_plot
 from dualpipe.schedules import SCHEDULES, options_of
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_validate(commands)
     _add_simulate(commands)
     _add_plot(commands)
+    _add_pair(commands)
     _add_compare(commands)
     return parser
 
@@ -163,6 +165,37 @@ def _plot(args: argparse.Namespace) -> None:
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
         print(path)
+
+
+def _add_pair(commands: Commands) -> None:
+    teach = """\
+Prints the order in which an overlapped pair runs, as two lanes: forward (△) and backward (▲) of two micro-batches. A
+layer is m (MoE), s (MoE with a shared expert) or d (dense). Communication stands where it starts; it is waited for
+where its result is read. --out draws it, with every all-to-all as long as --communication attentions.
+
+example: python -m dualpipe pair --forward mm --backward mm --out pair.svg"""
+    parser = _command(commands, "pair", _pair, "show how a pair hides communication", teach)
+    parser.add_argument("--forward", metavar="LAYERS", default="m", help="layers of the forward's stage (default m)")
+    parser.add_argument("--backward", metavar="LAYERS", default="m", help="layers of the backward's stage (default m)")
+    parser.add_argument("--communication", metavar="C", type=float, default=1.5, help="cost of an all-to-all")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="draw to FILE.svg or .png")
+
+
+def _pair(args: argparse.Namespace) -> None:
+    from dualpipe.overlap import pair_order, two_lanes  # loads torch, which the other commands do without
+    from dualpipe.pair import pair_timeline, stage_segments
+
+    forward, backward = stage_segments(args.forward), stage_segments(args.backward)
+    if not args.communication >= 0:
+        raise ValueError(f"--communication {args.communication:g} must be at least 0")
+    order = pair_order(forward, backward)
+    print(two_lanes(order))
+    if args.out is not None:
+        try:
+            save_lanes(pair_timeline(order, forward, backward, args.communication), args.out, "attentions")
+        except OSError as error:
+            raise ValueError(f"cannot write {args.out}: {error.strerror}") from None
+        print(args.out)
 
 
 def _add_compare(commands: Commands) -> None:

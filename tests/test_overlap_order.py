@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from dualpipe.__main__ import main
 from dualpipe.overlap import (
     Paired,
     Piece,
@@ -19,49 +20,14 @@ from dualpipe.overlap import (
     two_lanes,
     weight_order,
 )
+from dualpipe.pair import pair_timeline
+from dualpipe.pair import stage_segments as stage
 from dualpipe.schedule import Kind
-from dualpipe.stage import Lane, Segment, communicate, compute
-
-COUNTS = SimpleNamespace(start=None, start_backward=None)
-TOKENS = SimpleNamespace(start=None, start_backward=lambda: None)
-Residual = tuple[str, ...]
+from dualpipe.stage import Lane, Segment
 
 # Report Fig. 4, read from left to right; one period of the steady state, which begins with the backward's combine.
 FIGURE_4_COMPUTE = ["ATTN(F)△", "MLP(B)▲", "MLP(W)▲", "MLP(F)△", "ATTN(B)▲", "ATTN(W)▲"]
 FIGURE_4_COMMUNICATION = ["COMBINE(B)▲", "DISPATCH(F)△", "DISPATCH(B)▲", "COMBINE(F)△"]
-
-
-def moe(layer: int, residual: Residual, shared: bool) -> tuple[list[Segment], Residual]:
-    h, x, gates, chosen, sizes, rows, weighted, s, y = (
-        f"{layer}.{v}" for v in ("h", "x", "gates", "chosen", "sizes", "rows", "weighted", "s", "y")
-    )
-    segments = [
-        compute(f"{layer}.attention", residual, (h, x, gates, chosen), len),
-        communicate(f"{layer}.counts", (chosen,), (sizes,), COUNTS),
-        communicate(f"{layer}.dispatch", (x, gates, chosen, sizes), (rows,), TOKENS),
-        *([compute(f"{layer}.shared", (x,), (s,), len)] if shared else []),
-        compute(f"{layer}.experts", (rows,), (weighted,), len),
-        communicate(f"{layer}.combine", (weighted,), (y,), TOKENS),
-    ]
-    return segments, (h, s, y) if shared else (h, y)
-
-
-def dense(layer: int, residual: Residual) -> tuple[list[Segment], Residual]:
-    h, out = f"{layer}.h", f"{layer}.out"
-    return [
-        compute(f"{layer}.attention", residual, (h,), len),
-        compute(f"{layer}.mlp", (h,), (out,), len),
-    ], (out,)
-
-
-def stage(layers: str) -> list[Segment]:
-    """m = MoE layer, s = MoE layer with a shared expert, d = dense layer."""
-    residual: Residual = ("in0",)
-    segments: list[Segment] = []
-    for number, kind in enumerate(layers):
-        more, residual = dense(number, residual) if kind == "d" else moe(number, residual, kind == "s")
-        segments += more
-    return [*segments, compute("output", residual, ("out0",), len)]
 
 
 def figure_names(order: Sequence[Paired], lane: Lane) -> list[str]:
@@ -200,3 +166,23 @@ def test_no_communication_is_waited_for_as_soon_as_it_starts(layers: str) -> Non
             if later > at and s is side and p.part is not Kind.W and piece in _needs(segments, p)
         )
         assert any(s is not side and p.lane is Lane.COMPUTE for s, p in order[at:reader]), f"{piece} is not hidden"
+
+
+@pytest.mark.parametrize("layers", ["mm", "mmmm"])
+def test_on_paper_a_balanced_pair_hides_almost_everything(layers: str) -> None:
+    """Six compute pieces of 1 and four all-to-alls of 1.5 per layer: each lane needs 6; edges cost a little."""
+    forward, backward = stage(layers), stage(layers)
+    timeline = pair_timeline(pair_order(forward, backward), forward, backward)
+    assert timeline.makespan <= 1.1 * 6 * len(layers)
+
+
+def test_the_command_prints_and_draws_the_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pair", "--forward", "m", "--backward", "sd", "--out", str(tmp_path / "pair.svg")]) == 0
+    printed = capsys.readouterr().out
+    assert "0.dispatch(F)△" in printed
+    drawn = (tmp_path / "pair.svg").read_text()
+    assert "rank 0 compute" in drawn
+    assert "rank 0 comm" in drawn
+    assert "dispatch" in drawn
+    assert main(["pair", "--forward", "mx"]) == 2
+    assert "dense" in capsys.readouterr().err
