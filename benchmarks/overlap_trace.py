@@ -28,9 +28,7 @@ def main() -> None:
     except NetworkError as error:
         sys.exit(str(error))
     spans = [Span(rank, *mark) for rank, result in enumerate(results) if rank in (0, 2) for mark in result["spans"]]
-    name = (
-        f"A training step, PP 2 × EP 2, real compute, links of {MEGABITS:.0f} Mbit/s: both PP ranks of EP rank 0"
-    )
+    name = f"A training step, PP 2 × EP 2, real compute, links of {MEGABITS:.0f} Mbit/s: both PP ranks of EP rank 0"
     ranks = {0: 0, 2: 1}
     shown = tuple(Span(ranks[s.rank], s.lane, s.label, s.start, s.end) for s in spans)
     save_lanes(Timeline(name, 2, shown), PICTURE, "seconds")
