@@ -1,10 +1,11 @@
 """How much of the expert-parallel communication does an overlapped pair hide? PP 2 × EP 2 over a slow network.
 
-    sudo .venv/bin/python -m benchmarks.overlap [--only pair,peer,step,bytes]
+    sudo .venv/bin/python -m benchmarks.overlap [--only exchange,pair,peer,step,bytes]
 
 Needs root: every rank lives in a network namespace of its own behind a link limited by `tc … tbf`
-(`slow_network.py`). Four parts:
+(`slow_network.py`). Five parts:
 
+    exchange  one all-to-all between two ranks, gloo's own and ours
     pair    time of an F&B pair without overlap, with it, and the ideal max(compute, communication), where compute is
             the overlapped pair on an unlimited link and communication the pair with no compute; the link is as fast
             as makes communication : compute 0.5, 1 and 2. Compute is EMULATED by sleeps (`emulated.py`), the tokens
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.emulated import Shape
+from benchmarks.overlap_worker import PAYLOAD
 from benchmarks.report import Row, publish
 from benchmarks.slow_network import NetworkError, SlowNetwork
 
@@ -107,7 +109,26 @@ def measure_bytes() -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = {"pair": measure_pair, "peer": measure_peer, "step": measure_step, "bytes": measure_bytes}
+def measure_exchange() -> list[Row]:
+    with SlowNetwork(2, 400) as network:
+        results = run(network, "exchange", repeats=15)
+    case = "2 MB each way between two ranks (link 400 Mbit/s)"
+    wire = PAYLOAD * 8 / (network.megabits * 1e6)
+    return [
+        Row(case, "s, receives first", median(results, "ours"), "bytes / bandwidth", wire),
+        Row(case, "s, gloo's all-to-all", median(results, "gloo"), "bytes / bandwidth", wire),
+        Row(case, "s, 16 numbers beside it, group of their own", median(results, "small, own group"),
+            "same group", median(results, "small, same group")),
+    ]  # fmt: skip
+
+
+PARTS = {
+    "exchange": measure_exchange,
+    "pair": measure_pair,
+    "peer": measure_peer,
+    "step": measure_step,
+    "bytes": measure_bytes,
+}
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from model.precision import CastPrecision
 from model.router import choose_experts
 from parallel.build import BuildOptions, build_replica
 from parallel.dispatch import RoutedDispatcher
+from parallel.exchange import all_to_all
 from parallel.grads import mirrors
 from parallel.mesh import Layout, Mesh
 from training.optimizer import OptimConfig, make_update
@@ -40,6 +41,7 @@ from training.step import train_step
 
 TIMEOUT = timedelta(seconds=120)
 PP, EP = 2, 2
+PAYLOAD = 2_000_000  # bytes each way, of the part `exchange`
 EXPERTS = 16  # of the part `bytes`
 # The model of the training step: two MoE layers per stage.
 REAL = ModelConfig(
@@ -223,12 +225,39 @@ def node_limited(seed: int, nodes: int) -> torch.Tensor:
     return choose_experts(torch.rand(1024, EXPERTS, generator=generator), nodes, 1, 4)
 
 
+def job_exchange(repeats: int) -> dict[str, Any]:
+    """One all-to-all between two ranks: gloo's own and `parallel/exchange.py`; and a small one beside ours."""
+    world = dist.get_world_size()
+    groups = [dist.new_group(list(range(world)), timeout=TIMEOUT) for _ in range(2)]
+    block, out = (torch.ones(world, PAYLOAD, dtype=torch.uint8) for _ in range(2))
+    small, answer = torch.ones(world, 8), torch.ones(world, 8)
+    ones = [1] * world
+
+    def beside(group: dist.ProcessGroup) -> float:
+        dist.barrier()
+        tokens = all_to_all(out, block, ones, ones, groups[0])
+        time.sleep(0.003)
+        start = time.perf_counter()
+        all_to_all(answer, small, ones, ones, group).wait()
+        took = time.perf_counter() - start
+        tokens.wait()
+        return took
+
+    return {
+        "gloo": timed(lambda: dist.all_to_all_single(out, block, ones, ones, group=groups[0]), repeats),
+        "ours": timed(lambda: all_to_all(out, block, ones, ones, groups[0]).wait(), repeats),
+        "small, same group": [beside(groups[0]) for _ in range(repeats)],
+        "small, own group": [beside(groups[1]) for _ in range(repeats)],
+    }
+
+
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "pair": job_pair,
     "peer": job_peer,
     "step": job_step,
     "trace": job_trace,
     "bytes": job_bytes,
+    "exchange": job_exchange,
 }
 
 
