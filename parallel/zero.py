@@ -84,6 +84,8 @@ class ShardedUpdate(Update):
     def _reduce(self, bucket: GradBucket) -> Any:
         if bucket.group is None:
             return None
+        if dist.get_backend(bucket.group) == "gloo":
+            return ExchangedSum(bucket)
         # In place: the share is a slice of the bucket, the rest of which is of no further use.
         return dist.reduce_scatter_single(bucket.grads[bucket.share], bucket.grads, group=bucket.group, async_op=True)
 
@@ -103,6 +105,23 @@ class ShardedUpdate(Update):
         del self._zero
         self.shards.clear()
         gc.collect()
+
+
+class ExchangedSum:
+    """Reduce-scatter for gloo, whose own is an all-reduce inside: every share goes to its owner, who adds them up.
+
+    Half the traffic, for memory of the bucket's size while it lasts.
+    """
+
+    def __init__(self, bucket: GradBucket) -> None:
+        self._bucket = bucket
+        self._arrived = torch.empty_like(bucket.grads)
+        self._work: Any = dist.all_to_all_single(self._arrived, bucket.grads, group=bucket.group, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+        bucket = self._bucket
+        torch.sum(self._arrived.view(bucket.copies, -1), dim=0, out=bucket.grads[bucket.share])
 
 
 def _share_of_weights(bucket: GradBucket) -> torch.Tensor:
