@@ -195,9 +195,11 @@ def attention_share(case: Case) -> float:
 
 def scaling() -> None:
     """Time and peak memory per token as the sequence or the number of experts grows; draws a picture."""
-    lengths = [Case(str(s), replace(SMALL, num_layers=2), s, 4096 // s) for s in (512, 1024, 2048, 4096)]
+    lengths = [
+        Case(str(s), replace(SMALL, num_layers=2, vocab_size=512), s, 4096 // s) for s in (512, 1024, 2048, 4096)
+    ]
     experts = [
-        Case(str(e), replace(SMALL, num_layers=2, num_experts=e, expert_ffn_size=64), 512, 8)
+        Case(str(e), replace(SMALL, num_layers=2, vocab_size=512, num_experts=e, expert_ffn_size=64), 512, 8)
         for e in (16, 32, 64, 128, 256)
     ]
     data = {"sequence": [_point(c) for c in lengths], "experts": [_point(c) for c in experts]}

@@ -6,6 +6,9 @@ rest, as in the report's section 3.2.3), and put parameter gradients where the p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,64 +38,101 @@ class _Embed(torch.autograd.Function):
         return None, None, None, None
 
 
-def rms_norm(x: Tensor, weight_D: nn.Parameter, eps: float) -> Tensor:
+@dataclass(frozen=True)
+class Kernels:
+    """The arithmetic of the small functions, as pure functions of tensors: as written, or compiled."""
+
+    norm: Callable[..., Tensor]
+    norm_backward: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[..., Tensor]
+    swiglu_backward: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@cache
+def make_kernels(compiled: bool) -> Kernels:
+    """compiled: by torch.compile, which makes one pass over memory of each; it takes some seconds when first called."""
+
+    def made(function: Any) -> Any:
+        return torch.compile(function, dynamic=True) if compiled else function
+
+    return Kernels(made(_norm), made(_norm_backward), made(_swiglu), made(_swiglu_backward))
+
+
+def rms_norm(x: Tensor, weight_D: nn.Parameter, eps: float, kernels: Kernels) -> Tensor:
     """x / rms(x) · weight over the last dimension, computed in at least FP32, returned in x's dtype."""
-    return _RMSNorm.apply(x, weight_D, eps)
+    return _RMSNorm.apply(x, weight_D, eps, kernels)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, eps: float, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.eps = weight, eps
-        high = x.to(weight.dtype)
-        return (high * _inverse_rms(high, eps) * weight.detach()).to(x.dtype)
+        ctx.weight, ctx.eps, ctx.kernels = weight, eps, kernels
+        return kernels.norm(x, weight.detach(), eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        weight = ctx.weight
-        high, dy_high = x.to(weight.dtype), dy.to(weight.dtype)
-        inverse = _inverse_rms(high, ctx.eps)
-        normed = high * inverse
-        # The weight's gradient is a sum over tokens that needs `normed`; keeping that for W would cost more
+        dx, dweight = ctx.kernels.norm_backward(dy, x, ctx.weight.detach(), ctx.eps)
+        # The weight's gradient is a sum over tokens that needs the normed x; keeping that for W would cost more
         # than the sum itself, so it is added here.
-        grad_of(weight).add_((dy_high * normed).flatten(0, -2).sum(0))
-        dnormed = dy_high * weight.detach()
-        dx = inverse * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
-        return dx.to(x.dtype), None, None
+        grad_of(ctx.weight).add_(dweight)
+        return dx, None, None, None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    high = x.to(weight.dtype)
+    return (high * _inverse_rms(high, eps) * weight).to(x.dtype)
+
+
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    high, dy_high = x.to(weight.dtype), dy.to(weight.dtype)
+    inverse = _inverse_rms(high, eps)
+    normed = high * inverse
+    dnormed = dy_high * weight
+    dx = inverse * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (dy_high * normed).flatten(0, -2).sum(0)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def swiglu(gate_up: Tensor, gates_R: Tensor | None = None) -> Tensor:
+def swiglu(gate_up: Tensor, gates_R: Tensor | None, kernels: Kernels) -> Tensor:
     """silu(gate) · up [· router gate per row]: [..., 2F] → [..., F]. Keeps only its inputs."""
-    return _SwiGLU.apply(gate_up, gates_R)
+    return _SwiGLU.apply(gate_up, gates_R, kernels)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, gates_R: Tensor | None, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate_up, gates_R)
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-        return hidden if gates_R is None else hidden * gates_R.unsqueeze(-1).to(hidden.dtype)
+        ctx.kernels = kernels
+        return kernels.swiglu(gate_up, gates_R)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, gates_R = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        dgate_up = torch.empty_like(gate_up)
-        dgate, dup = dgate_up.chunk(2, dim=-1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        dsilu = dy * up
-        dgates = None
-        if gates_R is not None:
-            dgates = torch.linalg.vecdot(dup, up).to(gates_R.dtype)
-            weights_R1 = gates_R.unsqueeze(-1).to(dy.dtype)
-            dup *= weights_R1
-            dsilu *= weights_R1
-        torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dgate)
-        return dgate_up, dgates
+        return (*ctx.kernels.swiglu_backward(dy, gate_up, gates_R), None)
+
+
+def _swiglu(gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    hidden = F.silu(gate) * up
+    return hidden if gates_R is None else hidden * gates_R.unsqueeze(-1).to(hidden.dtype)
+
+
+def _swiglu_backward(dy: Tensor, gate_up: Tensor, gates_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    gate, up = gate_up.chunk(2, dim=-1)
+    dgate_up = torch.empty_like(gate_up)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+    torch.mul(dy, F.silu(gate), out=dup)
+    dsilu = dy * up
+    dgates = None
+    if gates_R is not None:
+        dgates = torch.linalg.vecdot(dup, up).to(gates_R.dtype)
+        weights_R1 = gates_R.unsqueeze(-1).to(dy.dtype)
+        dup *= weights_R1
+        dsilu *= weights_R1
+    torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dgate)
+    return dgate_up, dgates

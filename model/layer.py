@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.attention import AttentionContext, LatentAttention
 from model.config import ModelConfig
-from model.functional import swiglu
+from model.functional import make_kernels, swiglu
 from model.layers import GroupedLinear, Linear, RMSNorm, Toolbox
 from model.protocols import CommOp
 from model.router import Router
@@ -47,9 +47,10 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = Linear(hidden, 2 * ffn, tools)
         self.down = Linear(ffn, hidden, tools)
+        self.kernels = make_kernels(tools.compile)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(swiglu(self.gate_up(x), None, self.kernels))
 
 
 class Experts(nn.Module):
@@ -60,10 +61,11 @@ class Experts(nn.Module):
         self.numbers = tuple(experts)
         self.gate_up = GroupedLinear(len(experts), config.hidden_size, 2 * config.expert_ffn_size, tools)
         self.down = GroupedLinear(len(experts), config.expert_ffn_size, config.hidden_size, tools)
+        self.kernels = make_kernels(tools.compile)
 
     def forward(self, x_RD: Tensor, gates_R: Tensor, counts: list[int]) -> Tensor:
         """Each row through its expert, already weighted by its gate, so that combine only has to add."""
-        return self.down(swiglu(self.gate_up(x_RD, counts), gates_R), counts)
+        return self.down(swiglu(self.gate_up(x_RD, counts), gates_R, self.kernels), counts)
 
 
 class Layer(nn.Module):

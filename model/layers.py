@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.balance import NO_BALANCE, Balance
-from model.functional import embed, rms_norm
+from model.functional import embed, make_kernels, rms_norm
 from model.precision import Precision
 from model.protocols import Dispatcher, WeightGrads
 
@@ -25,6 +25,7 @@ class Toolbox:
     balance   how routers are kept in balance besides their bias
     placement   by layer, the order in which its experts are dealt out to the ranks; a layer that is not in it deals
                 them out as 0, 1, 2, …
+    compile   run norms and SwiGLU through torch.compile
     """
 
     precision: Precision
@@ -34,6 +35,7 @@ class Toolbox:
     device: str | torch.device = "cpu"
     balance: Balance = NO_BALANCE
     placement: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    compile: bool = False
 
     def parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.param_dtype, device=self.device))
@@ -68,9 +70,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = tools.parameter(size)
+        self.kernels = make_kernels(tools.compile)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.kernels)
 
 
 class Embedding(nn.Module):

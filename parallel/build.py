@@ -53,6 +53,7 @@ class BuildOptions:
     device: torch.device | str = "cpu"
     layers_per_stage: tuple[int, ...] | None = None
     overlap: bool = True
+    compile: bool = False
     dispatch: str = "all_to_all"
     balance: Balance = NO_BALANCE
     placement: Mapping[int, Sequence[int]] = field(default_factory=dict)
@@ -109,7 +110,9 @@ def build_stages(
     experts = range(mesh.ep * share, (mesh.ep + 1) * share)
     dispatcher = DISPATCHERS[options.dispatch].make(mesh.expert, share, config)
     device, balance = options.device, options.balance
-    tools = Toolbox(precision, queue, dispatcher, options.param_dtype, device, balance, options.placement)
+    tools = Toolbox(
+        precision, queue, dispatcher, options.param_dtype, device, balance, options.placement, options.compile
+    )
     layers = split_layers(config, schedule.num_stages, options.layers_per_stage)
     last = schedule.num_stages - 1
     stages: dict[int, ModelStage] = {}

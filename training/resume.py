@@ -40,6 +40,8 @@ def find_resume_point(config: Config, layout: Layout) -> Path | None:
     ours = to_dict(config)
     for key in _FIXED:
         before, now = lookup(state.config, key), lookup(ours, key)
+        if key == "model":  # how it is computed may change
+            before, now = ({k: v for k, v in side.items() if k != "recompute"} for side in (before, now))
         if before != now:
             difference = _difference(key, before, now)
             raise ValueError(f"{newest} was trained with {difference}; go back to that, or choose another run=NAME")

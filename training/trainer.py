@@ -85,6 +85,7 @@ class Job:
             device=self.device,
             layers_per_stage=tuple(c.parallel.layers_per_stage) or None,
             overlap=c.parallel.overlap != "off",
+            compile=c.compile == "on",
             dispatch=c.parallel.dispatch,
             balance=Balance(c.balance.sequence_loss, c.balance.aux_loss, c.balance.force),
             timeout=timedelta(seconds=c.launch.timeout_seconds),

@@ -147,6 +147,7 @@ def _check_numbers(config: Config) -> None:
 def _check_choices(config: Config) -> None:
     choices = [
         ("parallel.overlap", config.parallel.overlap, ("auto", "on", "off")),
+        ("compile", config.compile, ("on", "off")),
         ("parallel.placement", config.parallel.placement, ("in_order", "loads")),
         ("logger.name", config.logger.name, ("wandb", "tensorboard", "wandb+tensorboard", "none")),
         ("logger.mode", config.logger.mode, ("offline", "online")),
