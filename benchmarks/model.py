@@ -273,9 +273,13 @@ def main() -> None:
     if options.scaling:
         scaling()
         return
-    publish("model", [row for case in CASES for row in compare(case, options.rounds)])
-    tables = {f"{c.name}, {p}": where_time_goes(c, p) for c in CASES for p in ("fp32", "bf16")}
-    (RESULTS / "model_time.json").write_text(json.dumps(tables, indent=1) + "\n")
+    rows: list[Row] = []
+    tables: dict[str, dict[str, float]] = {}
+    for case in CASES:
+        rows += compare(case, options.rounds)
+        publish("model", rows)
+        tables |= {f"{case.name}, {precision}": where_time_goes(case, precision) for precision in ("fp32", "bf16")}
+        (RESULTS / "model_time.json").write_text(json.dumps(tables, indent=1) + "\n")
 
 
 if __name__ == "__main__":
