@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -50,7 +51,7 @@ class Job:
             self.torchrun = subprocess.Popen(
                 [*command, *f"{MODEL} {SIZE} {places} {overrides}".split()],
                 cwd=ROOT,
-                env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**inherited, "OMP_NUM_THREADS": "1", "TEST_JOB": str(self._output), **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -96,13 +97,11 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing outlives a test: the session's processes are those that this job started."""
+        """Nothing outlives a test: what this job started has its mark in the environment, in whatever session it is."""
         for process in psutil.process_iter(["pid"]):
-            try:
-                if os.getsid(process.pid) == self.torchrun.pid:
+            with suppress(psutil.Error):
+                if process.environ().get("TEST_JOB") == str(self._output):
                     process.kill()
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
         self.torchrun.wait()
 
 
