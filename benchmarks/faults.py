@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from pathlib import Path
 from benchmarks.report import RESULTS, machine
 from launch.virtual_cluster import VirtualCluster
 from launch.virtual_network import VirtualNetwork, why_not
-from tests.job import MODEL, ROOT, SIZE, Job, checkpoints, losses, steps_done, write_text
+from tests.job import MODEL, ROOT, SIZE, TORCHRUN, Job, checkpoints, losses, steps_done, write_text
 
 LOOP = (
     "steps=60 save_every=5 keep_last=3 eval_every=60 sample_tokens=0 logger=none "
@@ -202,8 +201,8 @@ def missing(folder: Path) -> Outcome:
 
 def nan(folder: Path) -> Outcome:
     run_dir = folder / "nan"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "benchmarks/poisoned_train.py"]
-    with Job(folder, "nan", LOOP, command, {"POISON_STEP": "10", "PYTHONPATH": str(ROOT)}) as job:
+    command = [*TORCHRUN, "-m", "benchmarks.poisoned_train"]
+    with Job(folder, "nan", LOOP, command, {"POISON_STEP": "10"}) as job:
         job.finish()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     skipped = [row["step"] for row in rows if row.get("train/skipped")]
@@ -269,7 +268,11 @@ def main() -> None:
                 continue
             outcomes.append(FAULTS[name](folder))
             print(table(outcomes[-1:]).splitlines()[-1], flush=True)
+            write(outcomes)
     print("\n" + table(outcomes))
+
+
+def write(outcomes: list[Outcome]) -> None:
     RESULTS.mkdir(exist_ok=True)
     data = {"outcomes": [asdict(outcome) for outcome in outcomes], "machine": machine()}
     (RESULTS / "faults.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
