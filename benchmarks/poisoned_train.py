@@ -5,22 +5,33 @@ from __future__ import annotations
 import math
 import os
 import runpy
-from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from training import step
+from parallel.build import Replica
+from parallel.update import Update
+from training import trainer
+from training.step import StepResult, train_step
 
-_honest = step.reduce_gradients
-_steps = count(1)
-
-
-def _poisoned(buckets: Sequence[Any], *rest: Any, **named: Any) -> Any:
-    if next(_steps) == int(os.environ["POISON_STEP"]) and os.environ["RANK"] == "1":
-        buckets[0].grads[0] = math.nan
-    return _honest(buckets, *rest, **named)
+steps = count(1)
 
 
-step.reduce_gradients = _poisoned  # type: ignore[assignment]
+def poisoned_step(replica: Replica, update: Update, *rest: Any) -> StepResult:
+    if next(steps) != int(os.environ["POISON_STEP"]) or os.environ["RANK"] != "1":
+        return train_step(replica, update, *rest)
+    honest = update.finish_reduction
+
+    def poison() -> None:
+        honest()
+        replica.buckets[0].grads[0] = math.nan
+
+    update.finish_reduction = poison  # type: ignore[method-assign]
+    try:
+        return train_step(replica, update, *rest)
+    finally:
+        update.finish_reduction = honest  # type: ignore[method-assign]
+
+
+trainer.train_step = poisoned_step  # type: ignore[assignment]
 runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"), run_name="__main__")
