@@ -20,17 +20,18 @@ steps = count(1)
 def poisoned_step(replica: Replica, update: Update, *rest: Any) -> StepResult:
     if next(steps) != int(os.environ["POISON_STEP"]) or os.environ["RANK"] != "1":
         return train_step(replica, update, *rest)
-    honest = update.finish_reduction
+    honest = update.stage_done
 
-    def poison() -> None:
-        honest()
-        replica.buckets[0].grads[0] = math.nan
+    def poison(*stage: Any) -> None:
+        for bucket in replica.buckets:
+            bucket.grads[0] = math.nan
+        honest(*stage)
 
-    update.finish_reduction = poison  # type: ignore[method-assign]
+    update.stage_done = poison  # type: ignore[method-assign]
     try:
         return train_step(replica, update, *rest)
     finally:
-        update.finish_reduction = honest  # type: ignore[method-assign]
+        update.stage_done = honest  # type: ignore[method-assign]
 
 
 trainer.train_step = poisoned_step  # type: ignore[assignment]

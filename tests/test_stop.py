@@ -1,4 +1,4 @@
-"""A signal to any one rank ends the run in order: checkpoint after the step, exit code 0; it goes on bit for bit."""
+"""Signals and stalls: a signal to any one rank saves and ends the run, a rank that hangs is given up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parallel.mesh import Layout, Mesh
-from tests.job import Job, checkpoints, losses, steps_done, write_text
+from tests.job import ROOT, Job, checkpoints, losses, steps_done, write_text
 from tests.spawn import run_ranks
 from training.stop import Stop, StopRequest
 
@@ -69,3 +69,18 @@ def _ask(rank: int, world: int, wishes: list[str]) -> list[Stop | None]:
 )
 def test_all_ranks_agree(wishes: list[str], agreed: Stop | None) -> None:
     assert run_ranks(3, _ask, wishes) == [[None, agreed]] * 3
+
+
+@pytest.mark.slow
+def test_a_stalled_rank_is_given_up_and_the_ranks_start_again(folder: Path) -> None:
+    """SIGSTOP: the peer gives up after launch.timeout_seconds, torchrun kills and restarts, from the checkpoint."""
+    run_dir = folder / "stalled"
+    overrides = f"{LOOP} save_every=4 launch.timeout_seconds=6"
+    environment = {"NPROC_PER_NODE": "2", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    with Job(folder, run_dir.name, overrides, [str(ROOT / "launch" / "torchrun.sh")], environment) as job:
+        job.wait_until(lambda: steps_done(run_dir) >= 6 and bool(checkpoints(run_dir)))
+        job.rank(1).suspend()
+        job.wait_until(lambda: "[rank 0] failed in step" in job.output)
+        assert steps_done(run_dir) < STEPS, "it was stopped too late to prove anything"
+        job.finish()
+    assert losses(run_dir) == losses(folder / "whole")
