@@ -34,12 +34,16 @@ MESSAGE = -1  # the index of a piece that is no segment, but the chunk's message
 
 @dataclass(frozen=True)
 class Piece:
-    """One part (F, I or W) of segment `index`, called `name`."""
+    """One part (F, I or W) of segment `index`, called `name`.
+
+    `brief` is communication of a few bytes, which carries no gradient: it ends no beat.
+    """
 
     part: Kind
     index: int
     name: str
     lane: Lane
+    brief: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}({self.part.value})"
@@ -66,7 +70,8 @@ def message(part: Kind) -> Piece:
 
 def forward_order(segments: Sequence[Segment]) -> list[Piece]:
     """The segments as they stand: the stage has put what can run under a communication behind it."""
-    return [*(Piece(Kind.F, i, s.name, s.lane) for i, s in enumerate(segments)), message(Kind.F)]
+    pieces = (Piece(Kind.F, i, s.name, s.lane, brief=not s.has_backward) for i, s in enumerate(segments))
+    return [*pieces, message(Kind.F)]
 
 
 def backward_order(segments: Sequence[Segment], weights: bool = True) -> list[Piece]:
@@ -133,7 +138,7 @@ def beats(order: Sequence[Piece]) -> list[list[Piece]]:
     """
     result: list[list[Piece]] = [[]]
     for piece in order:
-        communicated = any(p.lane is Lane.COMM for p in result[-1])
+        communicated = any(p.lane is Lane.COMM and not p.brief for p in result[-1])
         if communicated and piece.lane is Lane.COMPUTE and piece.part is not Kind.W:
             result.append([])
         result[-1].append(piece)

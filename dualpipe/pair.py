@@ -14,7 +14,16 @@ from dualpipe.schedule import Kind
 from dualpipe.stage import Lane, Segment, communicate, compute
 from dualpipe.timeline import Span, Timeline
 
-COSTS = {"attention": 1.0, "mlp": 1.0, "experts": 1.0, "shared": 0.2, "output": 0.05, "counts": 0.02, "p2p": 0.3}
+COSTS = {
+    "attention": 1.0,
+    "mlp": 1.0,
+    "experts": 1.0,
+    "shared": 0.2,
+    "router": 0.02,
+    "output": 0.05,
+    "counts": 0.02,
+    "p2p": 0.3,
+}
 Residual = tuple[str, ...]
 _COUNTS = SimpleNamespace(start=None, start_backward=None)
 _TOKENS = SimpleNamespace(start=None, start_backward=len)
@@ -33,11 +42,12 @@ def stage_segments(layers: str) -> list[Segment]:
 
 
 def _moe(layer: int, residual: Residual, shared: bool) -> tuple[list[Segment], Residual]:
-    names = ["h", "x", "gates", "chosen", "sizes", "rows", "weighted", "s", "y"]
-    h, x, gates, chosen, sizes, rows, weighted, s, y = (f"{layer}.{name}" for name in names)
+    names = ["h", "x", "scores", "chosen", "sizes", "gates", "rows", "weighted", "s", "y"]
+    h, x, scores, chosen, sizes, gates, rows, weighted, s, y = (f"{layer}.{name}" for name in names)
     segments = [
-        compute(f"{layer}.attention", residual, (h, x, gates, chosen), len),
+        compute(f"{layer}.attention", residual, (h, x, scores, chosen), len),
         communicate(f"{layer}.counts", (chosen,), (sizes,), _COUNTS),
+        compute(f"{layer}.router", (scores,), (gates,), len),
         communicate(f"{layer}.dispatch", (x, gates, chosen, sizes), (rows,), _TOKENS),
         *([compute(f"{layer}.shared", (x,), (s,), len)] if shared else []),
         compute(f"{layer}.experts", (rows,), (weighted,), len),

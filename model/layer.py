@@ -1,8 +1,8 @@
 """One transformer layer, cut into segments (report Fig. 4).
 
     dense layer   attention → mlp
-    MoE layer     attention → counts → dispatch → shared → experts → combine
-                  compute     comm     comm       compute  compute   comm
+    MoE layer     attention → counts → router → dispatch → shared → experts → combine
+                  compute     comm     compute  comm       compute  compute   comm
 
 The residual stream is handed on as a tuple of names whose sum it is: the sum is made by the next compute segment,
 so combine's result is not awaited before it is needed. `shared` stands between dispatch and experts, and so runs
@@ -120,19 +120,24 @@ class Layer(nn.Module):
         def name(value: str) -> str:
             return f"{self.label}.{value}"
 
-        def attend_and_route(*parts: Tensor) -> tuple[Tensor, ...]:
+        def attend_and_choose(*parts: Tensor) -> tuple[Any, ...]:
             h_BSD = self._attend(parts, context)
             x_TD = self.mlp_norm(h_BSD).flatten(0, 1)
-            gates_TK, experts_TK, counts_C = self.router(x_TD, len(h_BSD), context.sequence_scale)
+            scores_TE, experts_TK = self.router.choose(x_TD)
+            return h_BSD, x_TD, scores_TE, (experts_TK, len(h_BSD)), self.slot_E[experts_TK]
+
+        def weigh(scores_TE: Tensor, choice: tuple[Tensor, int]) -> Tensor:
+            gates_TK, _, counts_C = self.router.weigh(scores_TE, *choice, context.sequence_scale)
             self.router.record(counts_C)
-            return h_BSD, x_TD, gates_TK, self.slot_E[experts_TK]
+            return gates_TK
 
         exchange = self.tools.dispatcher.open()
-        h, x, gates, chosen = name("h"), name("x"), name("gates"), name("chosen")
+        h, x, gates, chosen, scores, choice = (name(v) for v in ("h", "x", "gates", "chosen", "scores", "choice"))
         rows, row_gates, counts, y, shared = (name(v) for v in ("rows", "row_gates", "counts", "y", "shared"))
         sizes = name("sizes")
-        out.compute(name("attention"), residual, (h, x, gates, chosen), attend_and_route)
+        out.compute(name("attention"), residual, (h, x, scores, choice, chosen), attend_and_choose)
         out.communicate(name("counts"), (chosen,), (sizes,), exchange.counts)
+        out.compute(name("router"), (scores, choice), (gates,), weigh)
         out.communicate(name("dispatch"), (x, gates, chosen, sizes), (rows, row_gates, counts), exchange.dispatch)
         if self.shared is not None:
             out.compute(name("shared"), (x,), (shared,), self.shared)

@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, copy_OI: Tensor, queue: WeightGrads) -> Tensor:
         ctx.save_for_backward(x, copy_OI)
         ctx.weight, ctx.queue = weight, queue
-        return product(x.flatten(0, -2), copy_OI).view(*x.shape[:-1], -1)
+        return product(x.flatten(0, -2), copy_OI).view(*x.shape[:-1], copy_OI.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

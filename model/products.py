@@ -21,7 +21,7 @@ ROW_STEP = 32
 
 def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     """a · bᵀ → [M, N]. Either may be a transposed view."""
-    if not calls_onednn(a_MK):
+    if not calls_onednn(a_MK) or 0 in (*a_MK.shape, *b_NK.shape):  # oneDNN refuses empty operands
         return a_MK @ b_NK.t()
     if not (b_NK.is_contiguous() or b_NK.t().is_contiguous()):
         b_NK = b_NK.contiguous()  # for any other layout oneDNN falls back to plain loops

@@ -55,9 +55,16 @@ class Router(nn.Module):
 
         Changes nothing, so it may be computed again in a backward: `record` is called once per micro-batch.
         """
-        c = self.config
+        return self.weigh(*self.choose(x_TD), sequences, loss_scale)
+
+    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """scores_TE and experts_TK: all that dispatch must know before it can ask how many tokens come."""
         scores_TE = torch.sigmoid(self.linear(x_TD.to(self.linear.weight.dtype)))
-        experts_TK = self._choose(scores_TE.detach())
+        return scores_TE, self._choose(scores_TE.detach())
+
+    def weigh(self, scores_TE: Tensor, experts_TK: Tensor, sequences: int = 1, loss_scale: float = 0.0) -> Routing:
+        """The rest: gates, balance losses and counts. It runs under dispatch's exchange of sizes."""
+        c = self.config
         chosen_TK = scores_TE.gather(1, experts_TK)
         gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * c.route_scale
         pulled_TE = scores_TE if self.balance.has_loss else scores_TE.detach()

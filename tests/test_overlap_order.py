@@ -57,14 +57,14 @@ def test_each_communication_of_figure_4_has_the_other_chunks_compute_under_it() 
     text = [f"{piece}{'▲' if side is Side.BACKWARD else '△'}" for side, piece in order]
     assert text == [
         "output(I)▲", "1.combine(I)▲", "output(W)▲",
-        "0.attention(F)△", "0.counts(F)△", "0.dispatch(F)△",
+        "0.attention(F)△", "0.counts(F)△", "0.router(F)△", "0.dispatch(F)△",
         "1.experts(I)▲", "1.dispatch(I)▲", "1.experts(W)▲",
         "0.experts(F)△", "0.combine(F)△",
-        "1.attention(I)▲", "0.combine(I)▲", "1.attention(W)▲",
-        "1.attention(F)△", "1.counts(F)△", "1.dispatch(F)△",
+        "1.router(I)▲", "1.router(W)▲", "1.attention(I)▲", "0.combine(I)▲", "1.attention(W)▲",
+        "1.attention(F)△", "1.counts(F)△", "1.router(F)△", "1.dispatch(F)△",
         "0.experts(I)▲", "0.dispatch(I)▲", "0.experts(W)▲",
         "1.experts(F)△", "1.combine(F)△",
-        "0.attention(I)▲", "p2p(I)▲", "0.attention(W)▲",
+        "0.router(I)▲", "0.router(W)▲", "0.attention(I)▲", "p2p(I)▲", "0.attention(W)▲",
         "output(F)△", "p2p(F)△",
     ]  # fmt: skip
 
@@ -81,15 +81,15 @@ def test_a_lone_backward_runs_weights_and_the_shared_expert_under_its_communicat
     assert names(backward_order(stage("ss"))) == [
         "output(I)", "1.combine(I)", "output(W)", "1.shared(I)", "1.shared(W)",
         "1.experts(I)", "1.dispatch(I)", "1.experts(W)",
-        "1.attention(I)", "0.combine(I)", "1.attention(W)", "0.shared(I)", "0.shared(W)",
+        "1.router(I)", "1.router(W)", "1.attention(I)", "0.combine(I)", "1.attention(W)", "0.shared(I)", "0.shared(W)",
         "0.experts(I)", "0.dispatch(I)", "0.experts(W)",
-        "0.attention(I)", "p2p(I)", "0.attention(W)",
+        "0.router(I)", "0.router(W)", "0.attention(I)", "p2p(I)", "0.attention(W)",
     ]  # fmt: skip
 
 
 def test_a_lone_forward_runs_the_shared_expert_under_the_dispatch() -> None:
     assert names(forward_order(stage("s"))) == [
-        "0.attention(F)", "0.counts(F)", "0.dispatch(F)", "0.shared(F)", "0.experts(F)", "0.combine(F)",
+        "0.attention(F)", "0.counts(F)", "0.router(F)", "0.dispatch(F)", "0.shared(F)", "0.experts(F)", "0.combine(F)",
         "output(F)", "p2p(F)",
     ]  # fmt: skip
 
@@ -122,7 +122,8 @@ def _needs(segments: Sequence[Segment], piece: Piece) -> set[Piece]:
     """What must have run (communication: started) in the same chunk before a piece may."""
 
     def of(part: Kind, indices: list[int]) -> set[Piece]:
-        return {Piece(part, i, segments[i].name, segments[i].lane) for i in indices}
+        found = [(i, segments[i]) for i in indices]
+        return {Piece(part, i, s.name, s.lane, part is Kind.F and not s.has_backward) for i, s in found}
 
     everything = [i for i, s in enumerate(segments) if s.has_backward]
     if piece.is_message:
