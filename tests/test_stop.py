@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 from parallel.mesh import Layout, Mesh
 from tests.job import ROOT, Job, checkpoints, losses, steps_done, write_text
 from tests.spawn import run_ranks
+from training.checkpoint import CheckpointError
+from training.config import Config
+from training.resume import find_resume_point
 from training.stop import Stop, StopRequest
 
 STEPS = 30
@@ -84,3 +88,14 @@ def test_a_stalled_rank_is_given_up_and_the_ranks_start_again(folder: Path) -> N
         assert steps_done(run_dir) < STEPS, "it was stopped too late to prove anything"
         job.finish()
     assert losses(run_dir) == losses(folder / "whole")
+
+
+def test_a_fresh_run_that_torchrun_starts_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """resume=never refuses checkpoints of an earlier run, not those that this one made before a crash."""
+    (tmp_path / "run" / "checkpoints" / "step_00000003").mkdir(parents=True)
+    config = replace(Config(), runs_dir=str(tmp_path), run="run", resume="never")
+    with pytest.raises(ValueError, match="already has checkpoints"):
+        find_resume_point(config, Layout(2, 2, 1))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(CheckpointError, match="no checkpoint in"):  # it looked, and this one is not whole
+        find_resume_point(config, Layout(2, 2, 1))

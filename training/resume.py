@@ -24,14 +24,15 @@ _FIXED = (
 def find_resume_point(config: Config, layout: Layout) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start.
 
-    Raises ValueError if the run's checkpoints belong to a different experiment, or exist although resume=never, and
-    CheckpointError if there are some but none is usable.
+    Raises ValueError if the run's checkpoints belong to a different experiment, or exist although resume=never (those
+    that it made itself before torchrun started its ranks again do not count), and CheckpointError if there are some
+    but none is usable.
     """
     folder = Path(config.runs_dir) / config.run / "checkpoints"
     found = all_checkpoints(folder)
     if not found:
         return None
-    if config.resume == "never":
+    if config.resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         raise ValueError(
             f"{config.runs_dir}/{config.run} already has checkpoints; choose another run=NAME, or resume=auto to go on"
         )
