@@ -144,3 +144,24 @@ def _muon_difference(rank: int, world: int) -> float:
         update.close()
     assert relative(weights[0], start) > 1e-3  # they did move
     return relative(*weights)
+
+
+def test_masters_keep_what_bf16_weights_lose() -> None:
+    assert all(run_ranks(2, _masters_are_exact))
+
+
+def _masters_are_exact(rank: int, world: int) -> bool:
+    load_deepspeed(torch.device("cpu"))
+    schedule = make_schedule("dualpipe", 2, 4)
+    mesh = Mesh.create(Layout(world, 2, 1), mirrors(schedule), timedelta(seconds=60))
+    exact = build_replica(CONFIG, schedule, mesh, CastPrecision(torch.float32), BuildOptions(seed=1))
+    wanted = {name: t.detach().flatten() for s in exact.stages.values() for name, t, _ in named_tensors(s)}
+    replica = build_replica(CONFIG, schedule, mesh, CastPrecision(torch.bfloat16), BuildOptions(seed=1))
+    update = make_update(replica, ZERO)
+    assert {b.parameters[0].dtype for b in update.buckets} == {torch.bfloat16, torch.float32}  # norms, routers: FP32
+    for shard in update.shards:
+        for fragment in bucket_fragments(shard, "", shard.master, shard.held):
+            theirs = wanted[fragment.name][fragment.start :][: fragment.values.numel()]
+            assert torch.equal(fragment.values, theirs), fragment.name
+    update.close()
+    return True
