@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.mtp [--steps 120]
 
 Two runs of train.py side by side, one process and one thread each; draws docs/images/mtp.png. The curves are of the
-main model's loss; that of the MTP module itself is higher, because it predicts one token further.
+main model's loss, and of the MTP module, which sees the token before the one that it predicts.
 """
 
 from __future__ import annotations
