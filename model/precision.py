@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """One product per expert on its block of rows. On CPU a loop over experts is as fast as a grouped kernel."""
+    """One product per expert on its block of rows."""
 
     @staticmethod
     def forward(

@@ -6,6 +6,9 @@ torch multiplies FP32 matrices on a CPU with MKL, which on AMD processors reache
 oneDNN generates code for every new shape, in about the time of a small product. A dense layer's shapes repeat; an
 expert's number of rows is new every time. Its products are therefore made for a multiple of `ROW_STEP` rows: the rows
 too many are those of the next expert, or zeros, and their results are dropped, so nothing is padded in memory.
+
+On a CUDA device BF16 products of all experts are one launch of torch's grouped GEMM; that was tested on the CPU alone.
+On a CPU it is our loop, since torch's grouped GEMM is one too, without the tricks above (benchmarks/grouped.py).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROW_STEP = 32
@@ -40,6 +44,8 @@ def generates_code(x: Tensor) -> bool:
 
 def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
     """Rows sorted by expert, `counts[e]` of them for expert e, each block times its expert's weightᵀ → [R, N]."""
+    if has_grouped_kernel(x_RK, weight_ENK):
+        return grouped_kernel(x_RK, weight_ENK, counts)
     out_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
     for expert, rows in blocks(counts):
         if generates_code(x_RK):
@@ -53,12 +59,47 @@ def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
 
 def add_grouped_weight_grads(grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, counts: Sequence[int]) -> None:
     """grad[e] += dyᵀ · x over the rows of expert e, for every expert that has any."""
+    if has_grouped_kernel(x_RK, grad_ENK):
+        add_weight_grads_by_kernel(grad_ENK, dy_RN, x_RK, counts)
+        return
     for expert, rows in blocks(counts):
         dy, x = dy_RN[rows], x_RK[rows]
         size = rows.stop - rows.start
         if generates_code(x_RK) and size % ROW_STEP:
             dy, x = _with_zeros(dy), _with_zeros(x)
         add_weight_grad(grad_ENK[expert], dy, x)
+
+
+def has_grouped_kernel(x_RK: Tensor, weight_ENK: Tensor) -> bool:
+    """Whether torch's grouped GEMM takes these: BF16, compute capability 8 or later, rows of a multiple of 16 bytes."""
+    if x_RK.device.type != "cuda" or x_RK.dtype != torch.bfloat16 or any(size % 8 for size in weight_ENK.shape[1:]):
+        return False
+    return torch.cuda.get_device_capability(x_RK.device) >= (8, 0)
+
+
+def grouped_kernel(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
+    """`grouped_product` as one launch."""
+    if not len(x_RK):
+        return x_RK.new_empty(0, weight_ENK.shape[1])
+    return F.grouped_mm(x_RK, weight_ENK.transpose(1, 2), offs=_ends(counts, x_RK.device))
+
+
+def add_weight_grads_by_kernel(grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, counts: Sequence[int]) -> None:
+    """`add_grouped_weight_grads` as one launch; what it returns for experts without rows is not read."""
+    used = [expert for expert, _ in blocks(counts)]
+    if not used:
+        return
+    sums_ENK = F.grouped_mm(dy_RN.t(), x_RK, offs=_ends(counts, x_RK.device))
+    if len(used) == len(counts):
+        grad_ENK.add_(sums_ENK)
+    else:
+        index = torch.tensor(used, device=grad_ENK.device)
+        grad_ENK.index_add_(0, index, sums_ENK[index].to(grad_ENK.dtype))
+
+
+def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Where each expert's rows end, as grouped_mm wants it."""
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
 def add_weight_grad(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor) -> None:
