@@ -335,7 +335,7 @@ def test_a_missing_tensorboard_is_named_before_the_run(monkeypatch: pytest.Monke
 def test_the_plan_and_a_checkpoint_reach_wandb(wandb_home: Path, tmp_path: Path) -> None:
     config = Config(run="kept")
     config.logger.artifacts, config.logger.group = True, "the group"
-    logger, wandb = make_logger(config, wandb_home, 0, new_run_id())
+    logger, wandb = make_logger(config, wandb_home, 0, new_run_id(), pytest.fail)
     assert wandb is not None and wandb.run_path is not None
     show_plan(logger, wandb_home, "node  ranks", make_schedule("dualpipe", 2, 4))
     (tmp_path / "step_1").mkdir()
