@@ -152,11 +152,11 @@ class Chunk:
         key = (*self.key, index)
         self._lanes.compute(self._label(f"{self.segments[index].name}(W)"), lambda: self._queue.run(key))
 
-    def input_grads(self, count: int) -> tuple[Tensor, ...]:
-        """The gradients of `in0`…, once every segment's backward has run."""
+    def input_grads(self, count: int) -> tuple[Tensor | None, ...]:
+        """The gradients of `in0`…, once every segment's backward has run; None where nothing depends on the input."""
         for index in tuple(self._pending_grads):
             self._finish(index)
-        return tuple(self._grads.pop(name) for name in inputs_of(count))
+        return tuple(self._grads.pop(name, None) for name in inputs_of(count))
 
     def _settle(self, index: int) -> None:
         """Finish the backwards that contribute to the gradients of what segment `index` wrote."""

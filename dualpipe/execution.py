@@ -110,6 +110,7 @@ class Tools:
 
     queue: WeightGradQueue
     overlap: bool
+    device: torch.device
     clock: Clock
     lanes: Lanes
     orders: dict[Any, Any] = field(default_factory=dict)
@@ -226,15 +227,22 @@ class Pass:
         chunk = self._chunks[part.key]
         if part.action.stage == self._last_stage:
             chunk.seed((torch.ones_like(self.losses[part.action.micro_batch]),))
-        else:
-            chunk.seed(self._take(part))
+            return chunk
+        specs = self._stages[part.action.stage].output_spec(self._micro_batches[part.action.micro_batch])
+        received = iter(self._take(part))
+        chunk.seed(tuple(next(received) if spec.has_gradient else None for spec in specs))
         return chunk
 
     def _send_gradients(self, part: Part, chunk: Chunk) -> None:
-        """Send the gradients of the inputs on."""
-        if part.action.stage > 0:
-            spec = self._stages[part.action.stage].input_spec(self._micro_batches[part.action.micro_batch])
-            self._give(part, chunk.input_grads(len(spec)))
+        """Send the gradients of the inputs on; zeros for an input that nothing depends on."""
+        if part.action.stage == 0:
+            return
+        specs = self._stages[part.action.stage].input_spec(self._micro_batches[part.action.micro_batch])
+        pairs = zip(chunk.input_grads(len(specs)), specs, strict=True)
+        self._give(part, tuple(self._full(grad, spec) for grad, spec in pairs if spec.has_gradient))
+
+    def _full(self, grad: Tensor | None, spec: TensorSpec) -> Tensor:
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=self._tools.device) if grad is None else grad
 
     def _drop(self, part: Part) -> None:
         del self._chunks[part.key]
@@ -262,4 +270,5 @@ class Pass:
         micro_batch = self._micro_batches[message.micro_batch]
         if message.cargo is Cargo.ACTIVATION:
             return self._stages[message.stage + 1].input_spec(micro_batch)
-        return self._stages[message.stage - 1].output_spec(micro_batch)
+        outputs = self._stages[message.stage - 1].output_spec(micro_batch)
+        return tuple(spec for spec in outputs if spec.has_gradient)

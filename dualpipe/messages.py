@@ -4,7 +4,7 @@ Everything is derived from the schedule before the first step:
 
 - F of stage s needs the activation from the rank that ran stage s-1; B and I the gradient from stage s+1. On one
   rank (the turn of a V) nothing travels.
-- A receive is posted `look_ahead` steps before it is needed, so the data can arrive under compute. Per channel
+- A receive is posted some steps before it is needed, so the data can arrive under compute. Per channel
   (source, destination, kind) receives are posted in the order in which the source sends, as NCCL demands.
 - A send needs its buffer until the receiver has the data. Nobody should wait for that, and nobody has to: when a
   message arrives that could only be sent after ours was used, ours is over. Vector clocks over the schedule say
@@ -28,6 +28,8 @@ from dualpipe.validate import dependencies
 class Cargo(StrEnum):
     ACTIVATION = "activation"
     GRADIENT = "gradient"
+
+    __hash__ = str.__hash__
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,17 @@ def outgoing(schedule: Schedule, action: Action) -> Message | None:
     return None if target == rank else Message(cargo, action.stage, action.micro_batch, rank, target)
 
 
-def plan_messages(schedule: Schedule, rank: int, look_ahead: int = 3) -> RankPlan:
-    """Derive one rank's plan from a valid schedule."""
+def plan_messages(schedule: Schedule, rank: int, look_ahead: int = 3, batch: int = 4) -> RankPlan:
+    """Derive one rank's plan from a valid schedule.
+
+    look_ahead   a receive is posted at least so many steps before it is needed, W not counted
+    batch        receives are posted for so many steps at once: several in a row cost little more than one
+    """
     actions = tuple(schedule.actions(rank))
     return RankPlan(
         incoming={a: m for a in actions if (m := incoming(schedule, a)) is not None},
         outgoing={a: m for a in actions if (m := outgoing(schedule, a)) is not None},
-        posts=_posts(schedule, rank, look_ahead),
+        posts=_posts(schedule, rank, look_ahead, batch),
         releases=_releases(schedule, rank),
     )
 
@@ -101,7 +107,7 @@ def _waits_for_nobody(step: Step) -> bool:
     return isinstance(step, Action) and step.kind is Kind.W
 
 
-def _posts(schedule: Schedule, rank: int, look_ahead: int) -> dict[Step, tuple[Message, ...]]:
+def _posts(schedule: Schedule, rank: int, look_ahead: int, batch: int) -> dict[Step, tuple[Message, ...]]:
     channels: dict[tuple[int, Cargo], list[Message]] = defaultdict(list)
     for source in range(schedule.num_ranks):
         for action in schedule.actions(source):
@@ -111,14 +117,14 @@ def _posts(schedule: Schedule, rank: int, look_ahead: int) -> dict[Step, tuple[M
     row = [step for step in schedule.steps[rank] if not _waits_for_nobody(step)]
     needs = [[m for a in parts(step) if (m := incoming(schedule, a)) is not None] for step in row]
     result: dict[Step, tuple[Message, ...]] = {}
-    for index, step in enumerate(row):
+    for index in range(0, len(row), batch):
         posted: list[Message] = []
-        for wanted in (m for some in needs[index : index + look_ahead + 1] for m in some):
+        for wanted in (m for some in needs[index : index + look_ahead + batch] for m in some):
             channel = channels[wanted.source, wanted.cargo]
             while wanted in channel:  # those before it in the channel come along
                 posted.append(channel.pop(0))
         if posted:
-            result[step] = tuple(posted)
+            result[row[index]] = tuple(posted)
     return result
 
 

@@ -10,7 +10,9 @@ order of the sends (`messages.py`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -59,13 +61,33 @@ class Transport(Protocol):
         """Forget everything under way, after a failure."""
         ...
 
+    def report(self, text: str) -> None:
+        """Leave word for the other ranks of what failed here."""
+        ...
+
+    def reports(self) -> list[str]:
+        """What other ranks have left word of."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Numbers the messages of one pipeline, from `first` on; each may have MAX_TENSORS tensors."""
+
+    first: int = 0
+    num_stages: int = 4096
+
+    def of(self, micro_batch: int, stage: int, cargo: Cargo) -> int:
+        return self.first + ((micro_batch * self.num_stages + stage) * 2 + (cargo is Cargo.GRADIENT)) * MAX_TENSORS
+
 
 @dataclass(frozen=True)
 class Links:
-    """The process groups that the messages of one pipeline use, and the global rank of each PP rank."""
+    """The process groups that the messages of one pipeline use, the global rank of each PP rank, and its tags."""
 
     groups: Mapping[Channel, dist.ProcessGroup]
     global_ranks: tuple[int, ...]
+    tags: Tags = Tags()
 
     @staticmethod
     def create(pipelines: Sequence[Sequence[int]], timeout: timedelta, backend: str | None = None) -> Links:
@@ -90,6 +112,30 @@ class Links:
             raise ValueError(f"rank {rank} is in none of the pipelines {[list(p) for p in pipelines]}")
         return mine
 
+    @staticmethod
+    def within(group: dist.ProcessGroup, timeout: timedelta, num_stages: int, num_micro_batches: int) -> Links:
+        """Links of one pipeline whose PP ranks are the ranks of `group`. Collective over the group.
+
+        On gloo the pipeline takes a range of the group's tags for itself, so several pipelines may share a group. Other
+        backends have no tags: each pipeline gets communicators of its own, made among the group alone, for which
+        torch asks that its ranks have made equally many groups before.
+        """
+        ranks = dist.get_process_group_ranks(group)
+        backend = dist.get_backend(group)
+        if backend == "gloo":
+            tags = Tags(0, num_stages)
+            size = tags.of(num_micro_batches, 0, Cargo.ACTIVATION)
+            first = [group.get_group_store().add("dualpipe/tags", size) - size if dist.get_rank(group) == 0 else 0]
+            dist.broadcast_object_list(first, src=ranks[0], group=group)
+            if first[0] + size >= 2**31:
+                raise ValueError(f"the tags of the group are used up: {first[0]} are taken, {size} are asked for")
+            return Links(dict.fromkeys(CHANNELS, group), tuple(ranks), Tags(first[0], num_stages))
+
+        def make() -> Any:
+            return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+        return Links({channel: make() for channel in CHANNELS}, tuple(ranks))
+
 
 Parts = list[tuple[Tensor, Any]]  # the tensors of a message, each with the operation that moves it
 
@@ -112,7 +158,7 @@ class P2P:
         }
 
     def post(self, message: Message, specs: Sequence[TensorSpec]) -> None:
-        channel, tag = _address(message, len(specs))
+        channel, tag = self._address(message, len(specs))
         group, peer = self._links.groups[channel], self._peers[channel][message.source]
         buffers = [self._pool.take(spec) for spec in specs]
         try:
@@ -126,7 +172,7 @@ class P2P:
         return tuple(tensor for tensor, _ in received)
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        channel, tag = _address(message, len(tensors))
+        channel, tag = self._address(message, len(tensors))
         group, peer = self._links.groups[channel], self._peers[channel][message.destination]
         buffers = [t.detach().contiguous() for t in tensors]
         try:
@@ -146,6 +192,35 @@ class P2P:
         self._sends.clear()
         self._pool.clear()
 
+    def report(self, text: str) -> None:
+        """Written into the store of the process group, which outlives the rank (unless the store is its own)."""
+        for store in self._stores():
+            with suppress(RuntimeError):  # nobody can be told: then the rank's own message must do
+                store.set(f"failed/{dist.get_rank()}", text)
+
+    def reports(self) -> list[str]:
+        """Looks for half a second: who fails reports before its connections break."""
+        found: list[str] = []
+        deadline = time.monotonic() + 0.5
+        while not found and time.monotonic() < deadline:
+            time.sleep(0.05)
+            for store in self._stores():
+                with suppress(RuntimeError):
+                    keys = [f"failed/{rank}" for rank in self._links.global_ranks]
+                    found += [store.get(key).decode() for key in keys if store.check([key])]
+        return found
+
+    def _stores(self) -> list[dist.Store]:
+        groups = list(self._links.groups.values())[:1]
+        return [group.get_group_store() for group in groups if hasattr(group, "get_group_store")]
+
+    def _address(self, message: Message, num_tensors: int) -> tuple[Channel, int]:
+        """The channel of a message, and the tag of its first tensor."""
+        if num_tensors > MAX_TENSORS:
+            raise ValueError(f"{message} has {num_tensors} tensors; at most {MAX_TENSORS} fit in a message")
+        channel = (message.destination > message.source, message.cargo)
+        return channel, self._links.tags.of(message.micro_batch, message.stage, message.cargo)
+
     def _complete(self, message: Message, parts: Parts, pp_rank: int) -> None:
         try:
             for _, work in parts:
@@ -156,11 +231,3 @@ class P2P:
     def _lost(self, message: Message, pp_rank: int, error: RuntimeError) -> PeerLostError:
         peer = self._links.global_ranks[pp_rank]
         return PeerLostError(f"lost rank {peer} (PP rank {pp_rank}): {message}: {error}")
-
-
-def _address(message: Message, num_tensors: int) -> tuple[Channel, int]:
-    """The channel of a message, and the tag of its first tensor."""
-    if num_tensors > MAX_TENSORS:
-        raise ValueError(f"{message} has {num_tensors} tensors; at most {MAX_TENSORS} fit in a message")
-    base = (message.micro_batch * 4096 + message.stage) * 2 + (message.cargo is Cargo.GRADIENT)
-    return (message.destination > message.source, message.cargo), base * MAX_TENSORS

@@ -12,6 +12,7 @@ This is the engine for stages that are cut into segments; `pipeline.py` puts pla
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -48,8 +49,9 @@ class Runtime:
     transport what carries the messages; by default `P2P` over the links.
     lanes     how communication runs beside compute; by default as the device and `overlap` ask (`lanes.py`).
 
-    After a step, `peak_activations` is how many activations were alive at most, and with `record = True`, `spans` has
-    a span for every step of the schedule and every wait, in seconds since the step began on this rank.
+    After a step (not an evaluation), `peak_activations` is how many activations were alive at most, and with
+    `record = True`, `spans` has a span for every step of the schedule and every wait, in seconds since the step began
+    on this rank.
 
     Raises InvalidScheduleError for a bad schedule and ValueError for stages that do not fit it.
     """
@@ -82,7 +84,7 @@ class Runtime:
         self._stages = stages
         self._schedule = schedule
         self._rank = rank
-        self._tools = Tools(queue, overlap, clock_of(device), lanes or lanes_for(device, overlap))
+        self._tools = Tools(queue, overlap, device, clock_of(device), lanes or lanes_for(device, overlap))
         self._fill = fill
         self._meter = IdleMeter()
         self._transport = transport or P2P(links or Links({}, (0,)), device, timeout)
@@ -109,6 +111,7 @@ class Runtime:
         if self._fill:
             row = fill_idle(row, self._meter.idle, self._meter.weights)
         done = self._run(self._training, row, micro_batches, on_stage_done)
+        self.peak_activations = done.peak_activations
         self._measure(row, done.laps)
         return done.losses
 
@@ -141,13 +144,20 @@ class Runtime:
             task = None
             self._transport.finish()
         except Exception as error:
-            self._transport.abandon()
-            self._tools.queue.clear()
             where = f"in {task.step}" if task is not None else "after its last action"
-            detail = f": {error}" if isinstance(error, PeerLostError) else ""
-            raise PipelineError(f"PP rank {self._rank} failed {where}{detail}") from error
-        self.peak_activations = run.peak_activations
+            raise self._failed(f"PP rank {self._rank} failed {where}", error) from error
         return run
+
+    def _failed(self, what: str, error: Exception) -> PipelineError:
+        """Clean up, tell the other ranks or learn from them what happened, and say it."""
+        self._transport.abandon()
+        self._tools.queue.clear()
+        if not isinstance(error, PeerLostError):
+            self._transport.report(f"{what}:\n{''.join(traceback.format_exception(error))}")
+            return PipelineError(what)
+        reports = self._transport.reports()
+        told = "".join(f"\nwhat another rank reported: {report.rstrip()}" for report in reports)
+        return PipelineError(f"{what}: {error}{told}")
 
     def _measure(self, row: Sequence[Step], laps: Sequence[Lap]) -> None:
         """Tell the meter how long everything took, and leave the spans."""

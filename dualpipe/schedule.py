@@ -27,6 +27,8 @@ class Kind(StrEnum):
     I = "I"  # backward for the inputs  # noqa: E741 - the literature's letter
     W = "W"  # backward for the weights
 
+    __hash__ = str.__hash__  # Enum's own is written in Python, and actions are hashed all the time
+
 
 @dataclass(frozen=True)
 class Action:

@@ -7,7 +7,7 @@ between two of them: a segment of another micro-batch, a message, a weight gradi
     compute   y = fn(x, ...)                 ordinary torch code under autograd
     comm      start(x, ...) → wait() → y     an asynchronous collective, and another one for the gradients
 
-A stage that has nothing to communicate is one compute segment: see `ModuleStage`.
+A stage that has nothing to communicate is one compute segment: see `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Lane(StrEnum):
@@ -32,6 +32,11 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient of the same shape comes back: integers and booleans have none."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
 
 
 class Pending(Protocol):
@@ -99,51 +104,9 @@ class Stage(Protocol):
         ...
 
     def output_spec(self, micro_batch: Any) -> tuple[TensorSpec, ...]:
-        """What leaves for the next stage; gradients of the same shapes come back. () on the last stage."""
+        """What leaves for the next stage; gradients of the floating ones come back. () on the last stage."""
         ...
 
     def segments(self, micro_batch: Any) -> Sequence[Segment]:
         """The work on one micro-batch, in forward order; reads `in0`…, writes `out0`…"""
         ...
-
-
-class ModuleStage:
-    """Any torch module as a stage of one segment.
-
-    The module is called with the tensors from the previous stage (the first stage: with `inputs(micro_batch)`), and
-    the last stage's result goes through `loss(output, micro_batch)`. Weight gradients that the module does not hand
-    to a queue are computed in I, and W is then empty.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        input_spec: tuple[TensorSpec, ...] = (),
-        output_spec: tuple[TensorSpec, ...] = (),
-        inputs: Callable[[Any], Tensor | tuple[Tensor, ...]] | None = None,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-    ) -> None:
-        self.module = module
-        self._input_spec = input_spec
-        self._output_spec = output_spec
-        self._inputs = inputs
-        self._loss = loss
-
-    def input_spec(self, micro_batch: Any) -> tuple[TensorSpec, ...]:
-        return self._input_spec
-
-    def output_spec(self, micro_batch: Any) -> tuple[TensorSpec, ...]:
-        return self._output_spec
-
-    def segments(self, micro_batch: Any) -> Sequence[Segment]:
-        def run(*received: Tensor) -> Any:
-            inputs: Any = received
-            if self._inputs is not None:
-                inputs = self._inputs(micro_batch)
-                inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-            result = self.module(*inputs)
-            return result if self._loss is None else self._loss(result, micro_batch)
-
-        reads = inputs_of(len(self._input_spec))
-        writes = outputs_of(len(self._output_spec) if self._loss is None else 1)
-        return (compute("module", reads, writes, run),)
