@@ -217,6 +217,7 @@ def both_precisions(cases: list[Case]) -> list[Case]:
 NO_COMPRESSION = replace(CONFIG, query_rank=0, num_shared_experts=0, groups_per_token=4, num_dense_layers=0)
 SHUFFLED = (5, 0, 3, 6, 1, 7, 2, 4)
 LOSSES = (0.3, 0.2)  # of the size of the token loss's own pull on the router, so that an error of theirs shows
+OTHERS = ("dualpipev", "interleaved_1f1b", "zb1p", "zbv", "gpipe")
 CASES = {
     1: [Case(1, schedule="one_f_one_b"), Case(1), Case(1, config=NO_COMPRESSION), Case(1, balance=LOSSES)],
     2: [
@@ -228,7 +229,8 @@ CASES = {
         Case(2, balance=LOSSES),
         Case(1, ep=2, balance=LOSSES),
         Case(1, ep=2, placement=SHUFFLED),
-    ],
+    ]
+    + [Case(2, schedule=name, steps=2) for name in OTHERS],
     4: [Case(4), Case(4, schedule="one_f_one_b"), Case(4, layers=(2, 1, 1, 1))]
     + [Case(2, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")],
     8: [Case(4, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")]
