@@ -8,8 +8,8 @@ itself, so none of DeepEP's own events are asked for. DeepEP exchanges sizes its
     combine             we add up a token's rows, DeepEP adds up over ranks (BF16)
     backward            dispatch' = combine of gradients with those of the gates, combine' = dispatch along the handle
 
-Not run on a GPU so far: tests/test_deep_ep.py checks every call against the signatures of DeepEP 2.1.0 and runs the
-adapter on a stand-in that moves real tensors.
+Not run on a GPU so far: tests/test_deep_ep.py runs the adapter on a stand-in that moves real tensors, and binds every
+call to the signatures in DeepEP's own source (2.1.0, or the installed version).
 
 Shapes as in `dispatch.py`.
 """

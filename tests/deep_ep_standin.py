@@ -1,59 +1,83 @@
-"""A stand-in for DeepEP 2.1.0 without a GPU: its Python signatures, and the same tensors moved by all-gather.
+"""A stand-in for DeepEP without a GPU: the same tensors, moved by all-gather, behind DeepEP's own signatures.
 
-The signatures are those of `ElasticBuffer` in deepseek-ai/DeepEP (commit dd758ca, version 2.1.0), written down as
-facts; defaults and keyword names are what tests compare. Where DeepEP is installed, test_deep_ep.py also compares this
-file with it.
+The signatures are read from DeepEP's source by `tests/signatures.py`: of the installed package if there is one, else
+of the checkout from which `deep_ep_signatures.json` was made. A call that does not fit them fails, and so does reading
+an attribute that DeepEP's handle has not got.
 """
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests.signatures import read_package, signature
+
+
+def library() -> dict[str, Any]:
+    """The table of DeepEP's signatures."""
+    spec = find_spec("deep_ep")
+    if spec is None or spec.origin is None:
+        return json.loads(Path(__file__).with_name("deep_ep_signatures.json").read_text())
+    return read_package(Path(spec.origin).parent, ["ElasticBuffer", "EPHandle"])
+
+
+TABLE = library()
+
+
+def bind(method: str, *args: Any, **kwargs: Any) -> SimpleNamespace:
+    """The arguments by name, defaults included, as DeepEP's method would see them; TypeError if they do not fit."""
+    bound = signature(TABLE, "ElasticBuffer", method).bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    return SimpleNamespace(**bound.arguments)
+
+
+class Handle:
+    """What dispatch returns for combine. Public attributes are DeepEP's; ours start with an underscore."""
+
+    def __init__(self, **attributes: Any) -> None:
+        public = {name for name in attributes if not name.startswith("_")}
+        if strange := public - set(TABLE["classes"]["EPHandle"]["attributes"]):
+            raise AssertionError(f"DeepEP's EPHandle has no {', '.join(sorted(strange))}")
+        self.__dict__.update(attributes)
+
 
 class ElasticBuffer:
-    def __init__(
-        self, group, num_bytes=None, num_cpu_bytes=0, num_max_tokens_per_rank=0, hidden=0, num_topk=0,
-        use_fp8_dispatch=False, deterministic=False, allow_hybrid_mode=True, allow_multiple_reduction=True,
-        prefer_overlap_with_compute=True, sl_idx=3, num_allocated_qps=0, num_cpu_timeout_secs=300,
-        num_gpu_timeout_secs=100, explicitly_destroy=False,
-    ) -> None:  # fmt: skip
-        if num_bytes is None and not (num_max_tokens_per_rank and hidden and num_topk):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = bind("__init__", *args, **kwargs)
+        if given.num_bytes is None and not (given.num_max_tokens_per_rank and given.hidden):
             raise AssertionError("give num_bytes, or the MoE settings")
-        self.group, self.capacity, self.hidden = group, num_max_tokens_per_rank, hidden
+        self.group, self.capacity, self.hidden = given.group, given.num_max_tokens_per_rank, given.hidden
 
-    def dispatch(
-        self, x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None, num_experts=None,
-        num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0, previous_event=None,
-        previous_event_before_epilogue=None, async_with_compute_stream=False, allocate_on_comm_stream=False,
-        handle=None, do_handle_copy=True, do_cpu_sync=None, do_expand=False, do_zero_padding=False,
-        use_tma_aligned_col_major_sf=False,
-    ) -> Any:  # fmt: skip
+    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        given = bind("dispatch", *args, **kwargs)
+        x, handle = given.x, given.handle
         if x.dtype is not torch.bfloat16 or x.shape[1] != self.hidden or len(x) > self.capacity:
             raise AssertionError(f"{x.dtype} {tuple(x.shape)}")
         if handle is None:
-            if topk_idx.dtype is not torch.int64 or topk_weights.dtype is not torch.float32:
+            if given.topk_idx.dtype is not torch.int64 or given.topk_weights.dtype is not torch.float32:
                 raise AssertionError("topk_idx is int64, topk_weights float32")
-            handle = self._layout(topk_idx, num_experts)
-        elif topk_idx is not None or do_cpu_sync or not num_sms:
+            handle = self._layout(given.topk_idx, given.num_experts)
+        elif given.topk_idx is not None or given.do_cpu_sync or not given.num_sms:
             raise AssertionError("with a handle: no topk_idx, no CPU sync, and a number of SMs")
-        weights = None if topk_weights is None else _gather(topk_weights, self.group)[handle.origin]
-        return _gather(x, self.group)[handle.origin], handle.recv_topk_idx, weights, handle, _Event()
+        rows = _gather(x, self.group)[handle._origin]
+        weights = None if given.topk_weights is None else _gather(given.topk_weights, self.group)[handle._origin]
+        return rows, handle._local_idx, weights, handle, _Event()
 
-    def combine(
-        self, x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, previous_event=None,
-        previous_event_before_epilogue=None, async_with_compute_stream=False, allocate_on_comm_stream=False,
-    ) -> Any:  # fmt: skip
-        if x.dtype is not torch.bfloat16:
-            raise AssertionError(x.dtype)
-        home = self._reduce(x, handle).to(torch.bfloat16)
+    def combine(self, *args: Any, **kwargs: Any) -> Any:
+        given = bind("combine", *args, **kwargs)
+        if given.x.dtype is not torch.bfloat16:
+            raise AssertionError(given.x.dtype)
+        home = self._reduce(given.x, given.handle).to(torch.bfloat16)
         weights = None
-        if topk_weights is not None:
-            mine = topk_weights.masked_fill(handle.recv_topk_idx < 0, 0)
-            weights = self._reduce(mine, handle)
+        if given.topk_weights is not None:
+            mine = given.topk_weights.masked_fill(given.handle._local_idx < 0, 0)
+            weights = self._reduce(mine, given.handle)
         return home, weights, _Event()
 
     def _layout(self, topk_idx: Any, num_experts: int) -> Any:
@@ -62,15 +86,15 @@ class ElasticBuffer:
         local = (everyone - rank * share).masked_fill((everyone // share) != rank, -1)
         origin = (local >= 0).any(1).nonzero()[:, 0]
         per_expert = [int((local == e).sum()) for e in range(share)]
-        return SimpleNamespace(
-            num_sms=24, origin=origin, recv_topk_idx=local[origin], tokens=len(topk_idx), total=len(everyone),
-            num_recv_tokens_per_expert_list=per_expert,
+        return Handle(
+            num_sms=24, num_recv_tokens_per_expert_list=per_expert, topk_idx=topk_idx,
+            _origin=origin, _local_idx=local[origin], _tokens=len(topk_idx), _total=len(everyone),
         )  # fmt: skip
 
     def _reduce(self, rows: Any, handle: Any) -> Any:
-        whole = torch.zeros(handle.total, rows.shape[1]).index_add_(0, handle.origin, rows.float())
+        whole = torch.zeros(handle._total, rows.shape[1]).index_add_(0, handle._origin, rows.float())
         dist.all_reduce(whole, group=self.group)
-        return whole[self.group.rank() * handle.tokens :][: handle.tokens]
+        return whole[self.group.rank() * handle._tokens :][: handle._tokens]
 
 
 class _Event:

@@ -1,9 +1,9 @@
-"""The DeepEP adapter, without a GPU: every call fits DeepEP's signatures and moves what all_to_all moves."""
+"""The DeepEP adapter, without a GPU: every call fits the signatures in its source, and moves what all_to_all moves."""
 
 from __future__ import annotations
 
-import inspect
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from model.config import ModelConfig
 from parallel.deep_ep import DeepEPDispatcher, deep_ep_dispatcher
 from parallel.dispatch import RoutedDispatcher
 from parallel.expert_groups import create_expert_groups
-from tests.deep_ep_standin import ElasticBuffer
+from tests.deep_ep_standin import TABLE, ElasticBuffer, Handle, bind
+from tests.signatures import read_package, signature
 from tests.spawn import run_ranks
 from tests.test_dispatch import round_trip
 
@@ -61,10 +62,49 @@ def test_without_the_library_the_message_says_what_to_do() -> None:
         assert all(run_ranks(2, check_missing))
 
 
-@pytest.mark.parametrize("method", ["__init__", "dispatch", "combine"])
-def test_the_stand_in_has_the_signatures_of_the_library(method: str) -> None:
-    deep_ep = pytest.importorskip("deep_ep", reason="DeepEP is not installed here", exc_type=ImportError)
-    ours, theirs = (inspect.signature(getattr(cls, method)) for cls in (ElasticBuffer, deep_ep.ElasticBuffer))
-    assert [(p.name, p.default) for p in ours.parameters.values()] == [
-        (p.name, p.default) for p in theirs.parameters.values()
-    ]
+def test_the_library_exports_what_we_import_and_returns_as_many_values_as_we_take() -> None:
+    assert "ElasticBuffer" in TABLE["exports"]
+    methods = TABLE["classes"]["ElasticBuffer"]["methods"]
+    assert (methods["dispatch"]["values"], methods["combine"]["values"]) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [("dispatch", {"topk_ids": None}), ("combine", {"handle": None, "weights": None}), ("__init__", {"tokens": 6})],
+)
+def test_a_call_that_does_not_fit_the_library_fails(method: str, wrong: dict[str, None]) -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument '(topk_ids|weights|tokens)'"):
+        bind(method, None, **wrong)
+    with pytest.raises(TypeError, match="missing a required argument"):
+        bind(method)
+    with pytest.raises(AssertionError, match="EPHandle has no num_tokens"):
+        Handle(num_tokens=1)
+
+
+SOURCE = """
+import torch
+class Buffer:
+    def __init__(self, group: "Group", size: int = 2 * 3, *, flag: bool = True) -> None:
+        self.group, self._hidden = group, size
+        self.size: int = size
+    @staticmethod
+    def hint(dtype: torch.dtype = torch.bfloat16, *rest, **others) -> Tuple[Tensor, Tuple[int, int]]: ...
+    def _private(self): ...
+"""
+
+
+def test_signatures_are_read_from_source(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("from .a import Buffer, Other as Renamed\n__version__ = '7.1'\n")
+    (tmp_path / "a.py").write_text(SOURCE)
+    table = read_package(tmp_path, ["Buffer"])
+    assert (table["version"], table["exports"]) == ("7.1", ["Buffer", "Renamed"])
+    assert table["classes"]["Buffer"] == {
+        "attributes": ["group", "size"],
+        "methods": {
+            "__init__": {"parameters": "self, group, size=..., *, flag=True", "values": None},
+            "hint": {"parameters": "dtype=..., *rest, **others", "values": 2},
+        },
+    }
+    assert str(signature(table, "Buffer", "__init__")) == "(self, group, size=Ellipsis, *, flag=True)"
+    with pytest.raises(ValueError, match="class Missing 0 times"):
+        read_package(tmp_path, ["Missing"])
