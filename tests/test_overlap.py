@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from dualpipe.schedule import Pair
 from dualpipe.schedules import SCHEDULES, make_schedule
 from model.batch import MicroBatch
+from model.config import ModelConfig
 from model.names import named_routers
 from model.precision import CastPrecision
 from parallel.build import BuildOptions, Replica, build_replica
@@ -41,12 +42,13 @@ class Case:
     dispatch: str = "all_to_all"
     empty: tuple[int, ...] = ()
     favourites: int = 0  # experts that every token prefers
+    config: ModelConfig = field(default_factory=lambda: CONFIG)
 
 
 def gradients(case: Case, mesh: Mesh, overlap: bool, dispatch: str | None = None) -> tuple[list[Tensor], list[float]]:
     schedule = make_schedule(case.schedule, case.pp, MICRO_BATCHES)
     options = BuildOptions(seed=1, overlap=overlap, dispatch=dispatch or case.dispatch, timeout=timedelta(seconds=60))
-    config = replace(CONFIG, groups_per_token=CONFIG.num_groups) if case.favourites else CONFIG
+    config = replace(case.config, groups_per_token=case.config.num_groups) if case.favourites else case.config
     replica = build_replica(config, schedule, mesh, CastPrecision(case.dtype), options)
     prefer(replica, case.favourites)
     batch = make_batch(mesh.dp, MICRO_BATCHES)
@@ -96,6 +98,12 @@ def test_several_schedules_have_pairs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_bit_equal_with_overlap_on_and_off_and_in_two_runs(dtype: torch.dtype) -> None:
     cases = [Case(name, dtype=dtype) for name in WITH_PAIRS]
+    assert run_ranks(4, check, cases) == [len(cases)] * 4
+
+
+def test_layers_of_mtp_and_recomputation_overlap_as_well() -> None:
+    config = replace(CONFIG, num_layers=4, mtp_depth=1, recompute=True)
+    cases = [Case(name, dtype=dtype, config=config) for name in WITH_PAIRS for dtype in (torch.float32, torch.bfloat16)]
     assert run_ranks(4, check, cases) == [len(cases)] * 4
 
 
