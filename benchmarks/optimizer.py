@@ -9,7 +9,7 @@ DualPipe PP 2 × DP 2 with EP 2. Three questions, each answered in this one run:
    turns on the same gradients. The slowest rank counts.
 2. How long training is held up by an asynchronous save, against the same save waited for.
 3. How long the step waits for the reduction after the pipeline, when each stage's sums start at its last W, against
-   all sums after the pipeline; with a trace of one step.
+   all sums after the pipeline; with a picture of one step (docs/images/reduction.png).
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from benchmarks.reduction_picture import Tail, save_tails
 from benchmarks.report import Row, publish
 from dualpipe.schedules import make_schedule
+from dualpipe.timeline import COMPUTE
 from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.precision import make_precision
@@ -48,6 +50,8 @@ from training.step import train_step
 
 ROOT = Path(__file__).parent.parent
 RANKS, PP, EP, MICRO_BATCHES = 4, 2, 2, 8
+MIRROR_OF_0 = 2
+PICTURE = ROOT / "docs" / "images" / "reduction.png"
 
 
 def build(mesh: Mesh, hidden: int) -> Replica:
@@ -188,21 +192,35 @@ def compare_overlap(mesh: Mesh, hidden: int, rounds: int) -> Row:
     micro_batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], documents, positions)
     waits: dict[str, list[float]] = {"early": [], "late": []}
     update.record = True
+    replica.pipeline.record = True
     for turn in range(rounds + 1):
         for name, which in (("late", Late(update)), ("early", update)):
             result = train_step(replica, which, [micro_batch] * MICRO_BATCHES, 1e-4, 1.0, 0.001)  # type: ignore[arg-type]
             waited = slowest(sum(end - waiting for _, _, waiting, end in update.spans))
             if turn:
                 waits[name].append(waited)
-    if mesh.rank == 0:
-        end_of_pipeline = update.spans[0][2]
-        print(f"\ntrace of one step on rank 0 (pipeline {1e3 * result.seconds['pipeline']:.1f} ms), ms after its end:")
-        for label, start, waiting, end in update.spans:
-            times = [1e3 * (t - end_of_pipeline) for t in (start, waiting, end)]
-            print(f"  {label:22} started {times[0]:8.2f}   waited for {times[1]:7.2f} to {times[2]:7.2f}")
+    draw_tail(replica, update, result.seconds["pipeline"])
     update.close()
     early, late = (1e3 * statistics.median(waits[name]) for name in ("early", "late"))
     return Row("wait for the reduction", "ms", early, "all sums after the pipeline", late)
+
+
+def draw_tail(replica: Replica, update: Update, pipeline: float) -> None:
+    """The last step's end on rank 0 and the rank that mirrors it, as a picture; `pipeline` in seconds."""
+    end = update.spans[0][2]
+    mine = Tail(
+        replica.mesh.rank,
+        tuple((s.label, 1e3 * (s.start - pipeline), 1e3 * (s.end - pipeline))
+              for s in replica.pipeline.spans if s.lane == COMPUTE),
+        tuple((label, *(1e3 * (t - end) for t in times)) for label, *times in update.spans),
+    )  # fmt: skip
+    tails: list[Tail | None] = [None] * RANKS
+    dist.all_gather_object(tails, mine)
+    if replica.mesh.rank == 0:
+        shown = [tail for tail in tails if tail is not None and tail.rank in (0, MIRROR_OF_0)]
+        title = "The end of a step: DualPipe PP 2 × DP 2, EP 2, ZeRO-1; rank 0 and its mirror"
+        save_tails(shown, PICTURE, title, -150.0)
+        print(PICTURE.relative_to(ROOT))
 
 
 def worker(hidden: int, rounds: int, folder: Path) -> None:

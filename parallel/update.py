@@ -106,7 +106,8 @@ class Update(ABC):
             if work is not None:
                 work.wait()
             if self.record and work is not None:
-                label = f"{'experts' if self.buckets[index].routed else 'dense'} of {self.buckets[index].stages}"
+                bucket = self.buckets[index]
+                label = f"{'experts' if bucket.routed else 'dense'}, stage {'+'.join(map(str, bucket.stages))}"
                 self.spans.append((label, self._started[index], waiting, time.perf_counter()))
         self._works.clear()
 

@@ -78,6 +78,11 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
+def by_layer(case: Case) -> dict[int, tuple[int, ...]]:
+    """The case's order of the experts, for every layer that has any."""
+    return dict.fromkeys(range(case.config.num_layers + 1), case.placement) if case.placement else {}
+
+
 @dataclass(frozen=True)
 class OracleStep:
     """What the oracle had after one step, by global name."""
@@ -132,7 +137,7 @@ def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> N
         param_dtype=case.dtype,
         layers_per_stage=case.layers,
         balance=Balance(*case.balance),
-        placement=dict.fromkeys(range(case.config.num_layers + 1), case.placement) if case.placement else {},
+        placement=by_layer(case),
         timeout=timedelta(seconds=60),
     )
     replica = build_replica(case.config, schedule, mesh, CastPrecision(case.dtype), options)

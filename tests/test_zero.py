@@ -29,8 +29,10 @@ from tests.test_serial_equality import (
     CONFIG,
     GLOBAL_MICRO_BATCHES,
     OPTIM,
+    SHUFFLED,
     Case,
     OracleStep,
+    by_layer,
     compare_weights,
     make_batch,
     relative,
@@ -49,7 +51,9 @@ def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> N
     layout = Layout(world, case.pp, case.ep)
     schedule = make_schedule(case.schedule, case.pp, GLOBAL_MICRO_BATCHES // layout.dp)
     mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60), embedding_holders(schedule, case.config))
-    options = BuildOptions(seed=1, layers_per_stage=case.layers, timeout=timedelta(seconds=60))
+    options = BuildOptions(
+        seed=1, layers_per_stage=case.layers, timeout=timedelta(seconds=60), placement=by_layer(case)
+    )
     replica = build_replica(case.config, schedule, mesh, CastPrecision(torch.float32), options)
     update = make_update(replica, ZERO)
     assert isinstance(update, ShardedUpdate)
@@ -106,7 +110,7 @@ def with_mtp(pp: int, ep: int = 1, schedule: str = "dualpipe", **more: object) -
 CASES = {
     2: [with_mtp(2), case(1, ep=2), with_mtp(2, schedule="one_f_one_b"), case(1)],
     4: [case(4, layers=(2, 1, 1, 1)), with_mtp(4, schedule="one_f_one_b"), case(2, ep=2, layers=(1, 4)),
-        with_mtp(2, ep=2, schedule="zb1p")],
+        with_mtp(2, ep=2, schedule="zb1p"), case(2, ep=2, placement=SHUFFLED)],
     8: [with_mtp(4, ep=2), case(2, ep=4)],
 }  # fmt: skip
 
