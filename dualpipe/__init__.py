@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dualpipe.auto import Found, search
     from dualpipe.costs import Costs, uniform
     from dualpipe.csvio import read_csv
     from dualpipe.pipeline import Pipeline
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dualpipe.validate import InvalidScheduleError, validate
 
 _HOMES = (
+    ("auto", ("Found", "search")),
     ("costs", ("Costs", "uniform")),
     ("csvio", ("read_csv",)),
     ("pipeline", ("Pipeline",)),
@@ -36,8 +38,9 @@ _HOMES = (
 )
 
 __all__ = [  # noqa: RUF022 - in the order of their homes
-    "Costs", "uniform", "read_csv", "Pipeline", "save_plot", "PipelineError", "Runtime", "Action", "Kind", "Pair",
-    "Schedule", "SCHEDULES", "make_schedule", "simulate", "Span", "Timeline", "InvalidScheduleError", "validate",
+    "Found", "search", "Costs", "uniform", "read_csv", "Pipeline", "save_plot", "PipelineError", "Runtime",
+    "Action", "Kind", "Pair", "Schedule", "SCHEDULES", "make_schedule", "simulate", "Span", "Timeline",
+    "InvalidScheduleError", "validate",
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dualpipe.arguments import add_costs, add_schedule, add_size, costs_from, schedule_from
+from dualpipe.arguments import add_costs, add_schedule, add_size, costs_from, schedule_from, stages_listed
+from dualpipe.auto import EFFORT, Found, both_cuts, known_schedules, search
 from dualpipe.compare import compare, comparison_table
 from dualpipe.lanes_plot import save_lanes
 from dualpipe.perfetto import to_perfetto
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plot(commands)
     _add_pair(commands)
     _add_compare(commands)
+    _add_search(commands)
     return parser
 
 
@@ -219,6 +221,56 @@ def _compare(args: argparse.Namespace) -> None:
     for equal in ("stages", "devices"):
         print(f"Equal {equal}: {args.ranks} {equal}, {args.micro_batches} micro-batches\n")
         print(comparison_table(compare(costs, args.micro_batches, equal)), end="\n\n")
+
+
+def _add_search(commands: Commands) -> None:
+    teach = """\
+Looks for the schedule of least makespan at your costs and within your memory, for a few seconds, over straight,
+bidirectional and V placements, and prints it beside the known ones. It is never slower than a known one that fits. Give
+the costs of R stages, or of 2R, twice as thin, as a V holds them; the other cut is made of yours. Memory is counted in
+R-ths of the model x micro-batches, so all rows compare. The same arguments give the same schedule.
+
+examples: python -m dualpipe search --ranks 4 --micro-batches 12 --forward 1.1,1,1,1.7 --backward 2.1,2,2,3.4 \\
+              --weights 1.1,1,1,1.7 --overlap 0.8 --out found.csv
+          python -m dualpipe plot --csv found.csv --out found.svg"""
+    parser = _command(commands, "search", _search, "search for a schedule at given costs and memory", teach)
+    add_size(parser)
+    parser.add_argument("--max-activations", type=float, metavar="N", help="memory of a rank (default R + 1)")
+    parser.add_argument("--single-copy", action="store_true", help="no bidirectional placement: parameters once")
+    parser.add_argument("--effort", type=int, default=EFFORT, metavar="STEPS", help=f"default {EFFORT}: ~4 s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the schedule found as CSV")
+    add_costs(parser)
+
+
+def _search(args: argparse.Namespace) -> None:
+    if args.ranks < 1 or args.effort < 1:
+        raise ValueError(f"--ranks {args.ranks} and --effort {args.effort} must be at least 1")
+    costs = costs_from(args, 2 * args.ranks if stages_listed(args) == 2 * args.ranks else args.ranks)
+    found = search(
+        args.ranks,
+        args.micro_batches,
+        costs,
+        args.max_activations,
+        bidirectional=not args.single_copy,
+        effort=args.effort,
+    )
+    known = [f for cut in both_cuts(costs, args.ranks) for f in known_schedules(args.ranks, args.micro_batches, cut)]
+    rows = [_found_row(f, found) for f in [found, *sorted(known, key=lambda f: f.order)]]
+    print(format_table(("schedule", "stages", "directions", "activations", "makespan", "auto is"), rows))
+    if args.out is not None:
+        try:
+            args.out.write_text(found.schedule.to_csv(), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot write {args.out}: {error.strerror}") from None
+        print(f"\n{args.out}")
+
+
+def _found_row(row: Found, best: Found) -> tuple[str, ...]:
+    schedule, shorter = row.schedule, 1 - best.makespan / row.makespan if row.makespan else 0.0
+    return (
+        schedule.name, str(schedule.num_stages), str(schedule.num_directions), f"{row.activations:g}",
+        f"{row.makespan:.6g}", "" if row is best else f"{abs(shorter):.1%} {'longer' if shorter < 0 else 'shorter'}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

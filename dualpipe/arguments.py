@@ -66,10 +66,11 @@ def add_costs(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--overlap",
-        type=float,
-        default=1.0,
+        type=_times,
+        default=(1.0,),
         metavar="X",
-        help="time of an overlapped pair as a part of F + B: 1 hides nothing, 0.8 hides a fifth (default 1)",
+        help="time of an overlapped pair as a part of F + B: 1 hides nothing, 0.8 hides a fifth (default 1); a list "
+        "gives each stage its own",
     )
     group.add_argument("--latency", type=float, default=0.0, metavar="T", help="delay of a message (default 0)")
     group.add_argument(
@@ -89,11 +90,16 @@ def costs_from(args: argparse.Namespace, num_stages: int) -> Costs:
         inputs=tuple(b - w for b, w in zip(backward, weights, strict=True)),
         weights=weights,
         backward=backward,
-        overlap=args.overlap,
+        overlap=args.overlap[0] if len(args.overlap) == 1 else _per_stage("overlap", args.overlap, num_stages),
         latency=args.latency,
         size=args.transfer,
         bandwidth=1.0,
     )
+
+
+def stages_listed(args: argparse.Namespace) -> int:
+    """How many stages the longest list of costs names; 1 if there is none."""
+    return max(len(getattr(args, name)) for name in ("forward", "backward", "weights", "overlap"))
 
 
 def _times(text: str) -> tuple[float, ...]:
@@ -104,5 +110,5 @@ def _per_stage(name: str, times: Sequence[float], num_stages: int) -> tuple[floa
     if len(times) == 1:
         return tuple(times) * num_stages
     if len(times) != num_stages:
-        raise ValueError(f"--{name} lists {len(times)} stages, but the schedule has {num_stages}")
+        raise ValueError(f"--{name} lists {len(times)} stages, but there are {num_stages}")
     return tuple(times)

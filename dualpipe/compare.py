@@ -100,7 +100,7 @@ def formula_bubble(name: str, ranks: int, costs: Costs) -> float | None:
     if name not in FORMULAS:
         return None
     f, b, w = fmean(costs.forward), fmean(costs.backward), fmean(costs.weights)
-    return FORMULAS[name](ranks, f, b, w, costs.overlap * (f + b))
+    return FORMULAS[name](ranks, f, b, w, fmean(costs.overlaps) * (f + b))
 
 
 HEAD = ("schedule", "ranks", "stages", "formula", "idle", "differs by", "bubble", "params", "acts", "makespan")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from dualpipe.schedule import Action, Kind, Pair, Step
+from dualpipe.schedule import Action, Kind, Pair, Step, parts
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Costs:
     """Times of each stage, in any one unit, and of a message between ranks.
 
     forward[s], inputs[s], weights[s] are the F, I and W of stage s. backward[s] is its B; left out, it is I + W.
-    A pair of F and B takes `overlap` × (F + B): 1 if overlapping hides nothing, less if it hides communication.
+    A pair of F and B takes `overlap` × (F + B): 1 if overlapping hides nothing, less if it hides communication. A tuple
+    gives each stage its own, for its half of a pair: a stage of dense layers has nothing to hide.
     A message takes `latency` + `size` / `bandwidth`; on one link (rank to rank, one way) sizes queue, latencies do not.
     """
 
@@ -22,7 +24,7 @@ class Costs:
     inputs: tuple[float, ...]
     weights: tuple[float, ...]
     backward: tuple[float, ...] = ()
-    overlap: float = 1.0
+    overlap: float | tuple[float, ...] = 1.0
     latency: float = 0.0
     size: float = 0.0
     bandwidth: float = math.inf
@@ -31,12 +33,16 @@ class Costs:
         if not self.backward:
             object.__setattr__(self, "backward", tuple(i + w for i, w in zip(self.inputs, self.weights, strict=False)))
         lengths = {len(self.forward), len(self.inputs), len(self.weights), len(self.backward)}
+        if isinstance(self.overlap, tuple) and len(self.overlap) not in lengths:
+            raise ValueError(
+                f"overlap has {len(self.overlap)} values for {len(self.forward)} stages; give one, or one each"
+            )
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
                 f"costs need one F, I, W and B per stage; got {len(self.forward)}, {len(self.inputs)}, "
                 f"{len(self.weights)} and {len(self.backward)}"
             )
-        times = (*self.forward, *self.inputs, *self.weights, *self.backward, self.overlap, self.latency, self.size)
+        times = (*self.forward, *self.inputs, *self.weights, *self.backward, *self.overlaps, self.latency, self.size)
         for time in times:
             if not (math.isfinite(time) and time >= 0):
                 raise ValueError(f"a cost must be finite and at least 0; got {time}")
@@ -47,6 +53,11 @@ class Costs:
     def num_stages(self) -> int:
         return len(self.forward)
 
+    @cached_property
+    def overlaps(self) -> tuple[float, ...]:
+        """The part of its F and its B that each stage adds to a pair."""
+        return self.overlap if isinstance(self.overlap, tuple) else (self.overlap,) * len(self.forward)
+
     @property
     def transfer(self) -> float:
         """The time for which one message occupies its link."""
@@ -55,7 +66,7 @@ class Costs:
     def of(self, step: Step) -> float:
         """The time of one step."""
         if isinstance(step, Pair):
-            return self.overlap * (self._action(step.forward) + self._action(step.backward))
+            return sum(self.overlaps[a.stage] * self._action(a) for a in parts(step))
         return self._action(step)
 
     def _action(self, action: Action) -> float:
@@ -71,10 +82,37 @@ class Costs:
         def cut(times: Sequence[float]) -> tuple[float, ...]:
             return tuple(time / ways for time in times for _ in range(ways))
 
-        return Costs(
-            cut(self.forward), cut(self.inputs), cut(self.weights), cut(self.backward),
-            self.overlap, self.latency, self.size, self.bandwidth,
-        )  # fmt: skip
+        overlap = (
+            tuple(x for x in self.overlaps for _ in range(ways)) if isinstance(self.overlap, tuple) else self.overlap
+        )
+        return replace(
+            self,
+            forward=cut(self.forward),
+            inputs=cut(self.inputs),
+            weights=cut(self.weights),
+            backward=cut(self.backward),
+            overlap=overlap,
+        )
+
+    def merged(self, ways: int) -> Costs:
+        """The same model cut more coarsely: every `ways` neighbouring stages become one."""
+        if ways < 1 or self.num_stages % ways:
+            raise ValueError(f"{self.num_stages} stages cannot be merged {ways} by {ways}")
+
+        def joined(times: Sequence[float]) -> tuple[float, ...]:
+            return tuple(sum(times[s : s + ways]) for s in range(0, len(times), ways))
+
+        whole = [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+        hidden = joined([x * time for x, time in zip(self.overlaps, whole, strict=True)])
+        overlap = tuple(part / time if time else 1.0 for part, time in zip(hidden, joined(whole), strict=True))
+        return replace(
+            self,
+            forward=joined(self.forward),
+            inputs=joined(self.inputs),
+            weights=joined(self.weights),
+            backward=joined(self.backward),
+            overlap=overlap if isinstance(self.overlap, tuple) else self.overlap,
+        )
 
 
 def uniform(

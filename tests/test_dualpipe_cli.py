@@ -11,7 +11,7 @@ import pytest
 from dualpipe.__main__ import main
 from dualpipe.schedules import SCHEDULES, make_schedule
 
-COMMANDS = ["show", "validate", "simulate", "plot", "compare"]
+COMMANDS = ["show", "validate", "simulate", "plot", "compare", "search"]
 
 
 def test_show_as_a_process_prints_one_row_per_rank_without_loading_torch() -> None:
@@ -65,7 +65,7 @@ def test_validate_accepts_a_csv_and_names_a_fault(tmp_path: Path, capsys: pytest
         (["show", "--schedule", "zbv", "--option", "chunks"], "write KEY=NUMBER"),
         (["show", "--schedule", "zbv", "--option", "chunks=2"], "zbv has no option 'chunks'"),
         (["validate", "--csv", "/no/such/file"], "cannot read /no/such/file"),
-        (["simulate", "--schedule", "zb1p", "--forward", "1,2"], "--forward lists 2 stages, but the schedule has 8"),
+        (["simulate", "--schedule", "zb1p", "--forward", "1,2"], "--forward lists 2 stages, but there are 8"),
         (["simulate", "--schedule", "zb1p", "--weights", "3"], "--weights 3 is more than --backward 2"),
         (["simulate", "--schedule", "zb1p", "--latency", "-1"], "at least 0; got -1.0"),
         (["compare", "--ranks", "0"], "--ranks 0"),
