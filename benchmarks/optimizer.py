@@ -41,9 +41,10 @@ from parallel.build import BuildOptions, Replica, build_replica
 from parallel.grads import mirrors
 from parallel.memory import measure, predict
 from parallel.mesh import Layout, Mesh
+from parallel.saved import RunState
 from parallel.update import Update
 from parallel.zero import load_deepspeed
-from training.checkpoint import RunState, run_fragments
+from training.checkpoint import run_fragments
 from training.checkpoint_writer import CheckpointWriter
 from training.optimizer import OptimConfig, make_update
 from training.step import train_step

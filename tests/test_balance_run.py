@@ -11,7 +11,7 @@ import torch
 
 from model.config import ModelConfig
 from parallel.mesh import Mesh
-from training.checkpoint import list_checkpoints, read_run_state
+from parallel.saved import list_checkpoints, read_run_state
 from training.config import Config
 from training.recipe import Piece
 from training.stop import StopRequest

@@ -27,10 +27,11 @@ from parallel.fragments import Fragment
 from parallel.grads import embedding_holders, mirrors
 from parallel.memory import Memory, measure, predict
 from parallel.mesh import Layout, Mesh
+from parallel.saved import RunState, checkpoint_path
 from parallel.update import Update
 from parallel.zero import load_deepspeed
 from tests.spawn import run_ranks
-from training.checkpoint import RunState, checkpoint_path, load, run_fragments
+from training.checkpoint import load, run_fragments
 from training.checkpoint_writer import CheckpointWriter
 from training.inspect_checkpoint import describe
 from training.optimizer import OptimConfig, make_update

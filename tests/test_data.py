@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.batch import IGNORE, MicroBatch
-from training.corpus import EOD, SPLITS, ByteTokenizer, Corpus, prepare_corpus
+from model.tokenizer import EOD, ByteTokenizer
+from training.corpus import SPLITS, Corpus, prepare_corpus
 from training.data import BatchPlan, PackedDataset
 from training.order import permute
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from parallel.fragments import Fragment
+from parallel.integrity import COMPLETE
 from parallel.mesh import Layout, Mesh
-from training.checkpoint import CheckpointError, RunState, all_checkpoints, list_checkpoints, verify_contents
+from parallel.saved import CheckpointError, RunState, all_checkpoints, list_checkpoints
+from training.checkpoint import verify_contents
 from training.checkpoint_writer import CheckpointWriter
 from training.inspect_checkpoint import main
-from training.integrity import COMPLETE
 from training.resume import newest_sound
 
 ALONE = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)

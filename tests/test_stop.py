@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from parallel.mesh import Layout, Mesh
+from parallel.saved import CheckpointError
 from tests.job import ROOT, Job, checkpoints, losses, steps_done, write_text
 from tests.spawn import run_ranks
-from training.checkpoint import CheckpointError
 from training.config import Config
 from training.resume import find_resume_point
 from training.stop import Stop, StopRequest

@@ -2,7 +2,7 @@
 
     runs/<run>/checkpoints/step_00000100/
         __0_0.distcp …   tensors of each rank (parallel/fragments.py)      .metadata   where each element is
-        run.json         step, data position, configuration, W&B run id    checksums.json, COMPLETE (integrity.py)
+        run.json         step, data position, configuration, W&B run id    checksums.json, COMPLETE: is it whole?
 
 A checkpoint holds the FP32 master weights and router biases by name, the optimizer's moments as `exp_avg.<name>` …,
 the averaged weights as `ema.<name>` if there are any, and each rank's random state. Names say nothing about ranks
@@ -14,97 +14,19 @@ resumed run is bit-equal to one that never stopped; the data position is a numbe
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.fragments import Fragment, buffer_fragments, load_fragments, module_fragments, optimizer_fragments
+from parallel.fragments import Fragment, buffer_fragments, optimizer_fragments
+from parallel.integrity import check_contents, read_checksums
 from parallel.mesh import Mesh
+from parallel.saved import CheckpointError, RunState, has_average, read_fragments, read_run_state
 from parallel.update import Update
-from training.integrity import check_contents, read_checksums
-
-_NAME = re.compile(r"step_(\d{8,})")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used or written; the message says which and why."""
-
-
-@dataclass(frozen=True)
-class RunState:
-    """What a run needs besides tensors.
-
-    step           optimizer steps asked for so far
-    samples        sequences read so far: the data position
-    tokens         tokens trained on so far: the clock of the recipe
-    updates        steps that changed the weights (a step with a gradient that is not finite does not)
-    world          processes that wrote it
-    recent_norms   gradient norms by which the next one is judged (training/guard.py)
-    expert_loads   router counts by layer since the last evaluation (training/balance.py)
-    """
-
-    step: int
-    samples: int
-    tokens: int
-    updates: int
-    config: dict[str, Any]
-    wandb_id: str
-    world: int
-    expert_loads: dict[str, list[int]] = field(default_factory=dict)
-    recent_norms: list[float] = field(default_factory=list)
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path} is not called step_NNNNNNNN like a checkpoint")
-    return int(match[1])
-
-
-def all_checkpoints(folder: Path) -> list[Path]:
-    """Everything that calls itself a checkpoint, oldest first, whole or not."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
-
-
-def problem_of(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, as far as can be seen without reading its contents; None if it can."""
-    try:
-        read_checksums(path)
-        read_run_state(path)
-    except (ValueError, CheckpointError) as error:
-        return str(error)
-    return None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that were finished and have all their files, oldest first."""
-    return [p for p in all_checkpoints(folder) if problem_of(p) is None]
-
-
-def read_run_state(path: Path) -> RunState:
-    try:
-        return RunState(**json.loads((path / "run.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}/run.json cannot be read: {error}") from error
-
-
-def has_average(state: RunState) -> bool:
-    """Whether the checkpoint of this state has an average of the weights."""
-    return bool(state.config.get("optim", {}).get("ema", 0.0))
 
 
 def run_fragments(stages: Mapping[int, nn.Module], update: Update, mesh: Mesh, owned: bool) -> Iterator[Fragment]:
@@ -136,7 +58,7 @@ def load(
     fragments = [*run_fragments(stages, update, mesh, owned=False), *(average if has_average(state) else ())]
     mine = random_state(mesh.rank)
     same_world = random_states and state.world == mesh.layout.world
-    _read(path, [*fragments, mine] if same_world else fragments, mesh.control)
+    read_fragments(path, [*fragments, mine] if same_world else fragments, mesh.control)
     update.restore_counters(state.updates)
     update.publish()
     if same_world:
@@ -183,18 +105,6 @@ def verify_contents(path: Path, mesh: Mesh) -> None:
     found = [p for p in problems if p is not None]
     if found:
         raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {found[0]}")
-
-
-def load_weights(path: Path, stage: nn.Module, averaged: bool = False) -> None:
-    """Read weights (`averaged`: their moving average) and router biases into one module, in this process alone."""
-    _read(path, list(module_fragments(stage, "ema." if averaged else "")), None)
-
-
-def _read(path: Path, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
-    try:
-        load_fragments(path, fragments, group)
-    except Exception as error:  # DCP raises many kinds; each means that this checkpoint cannot be used here
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.fragments import Fragment, save_fragments
+from parallel.integrity import Entry, digest, flush, seal
 from parallel.mesh import Mesh
-from training.checkpoint import CheckpointError, RunState, all_checkpoints, checkpoint_path, list_checkpoints, step_of
-from training.integrity import Entry, digest, flush, seal
+from parallel.saved import CheckpointError, RunState, all_checkpoints, checkpoint_path, list_checkpoints, step_of
 
 PATIENCE = timedelta(minutes=30)  # for the slowest rank's disk
 

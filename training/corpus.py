@@ -23,37 +23,23 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from model.tokenizer import EOD, ByteTokenizer
+
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 FORMAT = 1  # change it when the same files would give other token files
-EOD = 256
 _TOKEN = np.dtype("<u2")
 _BLOCK = 1 << 22  # bytes read at a time: a file may be larger than memory
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
-
-
-@dataclass(frozen=True)
-class ByteTokenizer:
-    """Tokens 0 to 255 are the bytes of UTF-8; 256 ends a document."""
-
-    vocab_size: int = 257
-    eod: int = EOD
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of the byte tokens; ends of documents are left out, and broken UTF-8 is shown as �."""
-        return bytes(t for t in tokens if t != self.eod).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -77,7 +63,7 @@ class Corpus:
     num_files: int
     train_tokens: int
     val_tokens: int
-    tokenizer: ByteTokenizer = ByteTokenizer()
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
 
     def tokens(self, split: Split) -> np.ndarray:
         """The token stream of a split, memory-mapped read-only: uint16, documents end to end, each with its EOD."""

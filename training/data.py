@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from model.batch import IGNORE, MicroBatch
-from training.corpus import EOD
+from model.tokenizer import EOD
 from training.order import mix, permute
 
 

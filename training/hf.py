@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.hf import entries
 from model.hf_files import PublicCheckpoint, write_checkpoint
 from parallel.fragments import Fragment, load_fragments
-from training.checkpoint import CheckpointError, list_checkpoints, read_run_state
+from parallel.saved import CheckpointError, list_checkpoints, read_run_state
 
 
 def export(path: Path, out: Path, variant: str, shard_bytes: int) -> list[Path]:

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.hf_files import CONFIG, PublicCheckpoint
 from model.names import named_tensors
 from model.stage import ModelStage
-from training.checkpoint import CheckpointError, list_checkpoints, load_weights, read_run_state
+from parallel.saved import CheckpointError, list_checkpoints, load_weights, read_run_state
 
 # What may differ between the model that was trained and the one that goes on: none of it changes a tensor, and a
 # longer context is what a continued run is for.

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from parallel.fragments import SavedTensor, saved_tensors
-from training.checkpoint import all_checkpoints, problem_of, read_run_state
-from training.integrity import check_contents, read_checksums
+from parallel.integrity import check_contents, read_checksums
+from parallel.saved import all_checkpoints, problem_of, read_run_state
 
 KINDS = {"exp_avg": "first moments", "exp_avg_sq": "second moments", "momentum": "Muon momentum",
          "ema": "averaged weights", "random_state": "random states"}  # fmt: skip

@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from parallel.rank_table import crossing, rank_table
-from training.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
+from parallel.saved import CheckpointError, checkpoint_path, list_checkpoints
 from training.config import Config
 from training.curve import draw_curve
 from training.guard import Diverged

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.mesh import Layout
-from training.checkpoint import CheckpointError, all_checkpoints, problem_of, read_run_state
+from parallel.saved import CheckpointError, all_checkpoints, problem_of, read_run_state
 from training.config import Config, to_dict
 
 _FIXED = (

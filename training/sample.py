@@ -19,10 +19,10 @@ from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.precision import make_precision
 from model.stage import ModelStage
+from model.tokenizer import ByteTokenizer
 from parallel.build import BuildOptions, build_stages
 from parallel.mesh import Layout, Mesh
-from training.checkpoint import CheckpointError, list_checkpoints, load_weights, read_run_state
-from training.corpus import ByteTokenizer
+from parallel.saved import CheckpointError, list_checkpoints, load_weights, read_run_state
 
 
 def load_model(path: Path, averaged: bool = False) -> tuple[ModelStage, int]:

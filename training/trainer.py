@@ -26,11 +26,11 @@ from model.precision import make_precision
 from parallel.build import BuildOptions, Replica, build_replica, with_micro_batches
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
+from parallel.saved import CheckpointError, RunState, has_average, list_checkpoints, read_run_state, step_of
 from parallel.zero import load_deepspeed
 from training import checkpoint
 from training.balance import BalanceMonitor, bias_rate
 from training.capacity import check_capacity
-from training.checkpoint import CheckpointError, RunState
 from training.checkpoint_writer import CheckpointWriter
 from training.config import Config, to_dict
 from training.corpus import Corpus, prepare_corpus
@@ -140,7 +140,7 @@ class Trainer:
     def __init__(self, job: Job, mesh: Mesh, stop: StopRequest) -> None:
         self.job, self.mesh, self.stop = job, mesh, stop
         precision, _ = make_precision(job.config.precision.name)
-        state = checkpoint.read_run_state(job.resume) if job.resume is not None else None
+        state = read_run_state(job.resume) if job.resume is not None else None
         expert_loads = state.expert_loads if state is not None else {}
         order = None
         if job.config.parallel.placement == "loads":
@@ -238,7 +238,7 @@ class Trainer:
         culprit = find_culprit(replica, batch)
         skipped = f"{self.guard.in_a_row} steps in a row were skipped, the last was step {self.step}: {culprit}"
         self.writer.wait()
-        saved = checkpoint.list_checkpoints(self.job.checkpoints)
+        saved = list_checkpoints(self.job.checkpoints)
         if not saved or not self.guard.may_rewind():
             raise Diverged(f"{skipped}. Lower optim.lr, or set guard.rewind=true to go on with other data")
         unread = self.samples
@@ -312,12 +312,10 @@ class Trainer:
 
     def _resume(self, newest: Path) -> dict[str, list[int]]:
         """Load the newest sound checkpoint up to this one; returns the router counts that it holds."""
-        candidates = [
-            p for p in checkpoint.list_checkpoints(newest.parent) if checkpoint.step_of(p) <= checkpoint.step_of(newest)
-        ]
+        candidates = [p for p in list_checkpoints(newest.parent) if step_of(p) <= step_of(newest)]
         averages = list(self.average.fragments()) if self.average is not None else []
         _, state = checkpoint.load_newest(candidates, self.replica.stages, self.update, self.mesh, averages)
-        if self.average is not None and not checkpoint.has_average(state):
+        if self.average is not None and not has_average(state):
             self.average.reset()
         self.step, self.samples, self.tokens = state.step, state.samples, state.tokens
         self.wandb_id = state.wandb_id
