@@ -3,6 +3,7 @@
 torchrun --nproc-per-node=2 train.py
 torchrun --nproc-per-node=8 train.py parallel.pp=4 parallel.ep=2 data.seq_len=128 schedule=one_f_one_b
 python train.py --cfg job                                    # print the composed configuration
+python train.py dry_run=true launch.processes=2048 model=deepseek_v3_671b parallel.pp=16 parallel.ep=64   # on paper
 python train.py --multirun optim.lr=1e-3,3e-3 run=rates      # one torchrun after the other
 """
 
@@ -29,11 +30,15 @@ register_schemas()
 def main(composed: DictConfig) -> float | None:
     sys.stderr = sys.__stderr__
     config, hydra_config = from_hydra(composed), HydraConfig.get()
-    if hydra_config.mode is RunMode.MULTIRUN:
+    sweep = hydra_config.mode is RunMode.MULTIRUN
+    if sweep and not config.dry_run:
         return run_job(__file__, config, list(hydra_config.overrides.task), hydra_config.job.num)
     from training.main import run
 
-    sys.exit(run(config))
+    code = run(config)
+    if sweep:
+        return code
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def describe(config: ModelConfig, seq_len: int, layout: Layout) -> str:
         ("  weights: FP32 masters, BF16 copies", _gib(memory.weights)),
         ("  gradients, FP32", _gib(memory.gradients)),
         (f"  Adam, FP32{', sharded over copies' if layout.zero else ''}", _gib(memory.optimizer)),
-        ("  together, activations on top", _gib(memory.total)),
+        ("  together", _gib(memory.total)),
+        ("activations come on top", "python train.py dry_run=true model=… counts them, for a whole layout"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in rows)

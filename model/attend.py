@@ -6,7 +6,8 @@ One seam, two ways behind it:
   fused kernel for CPUs multiplies with MKL and skips nothing of a masked block. Scores are FP32 (FP64 for FP64) and
   are made again in backward, so nothing of size S² is kept.
 - elsewhere torch's kernels: flash attention over documents of unequal length on a CUDA device in 16 bits, else
-  `scaled_dot_product_attention` with a mask.
+  `scaled_dot_product_attention` with a mask. On the meta device, where a dry run counts what a GPU would keep and
+  compute, flash attention as well.
 
 Shapes: B sequences, S positions, H heads, Q width of queries and keys, V of values.
 """
@@ -146,6 +147,8 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tens
     """Torch's kernels want values as wide as queries, so values are padded with zeros."""
     width = v.shape[-1]
     padded = F.pad(v, (0, max(0, q.shape[-1] - width)))
+    if q.device.type == "meta":
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, padded, 0.0, True, scale=1.0)[0][..., :width]
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and width <= q.shape[-1]:
         return _attend_varlen(q, k, padded, documents)[..., :width]
     return F.scaled_dot_product_attention(q, k, padded, attn_mask=documents.mask_B1SS, scale=1.0)[..., :width]

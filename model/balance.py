@@ -149,7 +149,8 @@ class Counts:
 def count(experts_TK: Tensor, share_TE: Tensor, groups: int, loss: Tensor) -> Tensor:
     """One router's counts for one micro-batch, int64 [C] as in `Counts`."""
     T, E = share_TE.shape
-    load_E = torch.bincount(experts_TK.flatten(), minlength=E)
+    chosen = experts_TK.flatten()  # bincount would make a CUDA device's host wait for the largest of them
+    load_E = torch.zeros(E, dtype=torch.int64, device=share_TE.device).scatter_add_(0, chosen, torch.ones_like(chosen))
     visited_TG = torch.zeros(T, groups, dtype=torch.bool, device=share_TE.device)
     visited_TG.scatter_(1, experts_TK // (E // groups), True)
     entropy = (torch.special.entr(share_TE).sum().double() / _ENTROPY_UNIT).round().long()

@@ -18,6 +18,7 @@ from model.config import ModelConfig, split_layers
 from model.init import initialise
 from model.layers import Toolbox
 from model.precision import Precision
+from model.protocols import Dispatcher
 from model.stage import ModelStage, StageShape
 from parallel.buckets import GradBucket, make_buckets
 from parallel.dispatchers import DISPATCHERS
@@ -100,7 +101,9 @@ def build_stages(
     precision: Precision,
     options: BuildOptions,
     queue: WeightGradQueue,
+    dispatcher: Dispatcher | None = None,
 ) -> dict[int, ModelStage]:
+    """The stages of a rank by number. `dispatcher` takes the place of the one that `options.dispatch` names."""
     config.check()
     if config.num_experts % mesh.layout.ep:
         raise ValueError(
@@ -108,7 +111,7 @@ def build_stages(
         )
     share = config.num_experts // mesh.layout.ep
     experts = range(mesh.ep * share, (mesh.ep + 1) * share)
-    dispatcher = DISPATCHERS[options.dispatch].make(mesh.expert, share, config)
+    dispatcher = dispatcher or DISPATCHERS[options.dispatch].make(mesh.expert, share, config)
     device, balance = options.device, options.balance
     tools = Toolbox(
         precision, queue, dispatcher, options.param_dtype, device, balance, options.placement, options.compile

@@ -136,12 +136,14 @@ class Mesh:
         timeout: timedelta,
         embedding: Sequence[int] = (),
         ranks_per_node: int | None = None,
+        host_backend: str = "gloo",
     ) -> Mesh:
         """Make all groups. Collective: every process calls it with the same arguments.
 
         mirrors         the PP ranks that hold the same stages, e.g. [[0, 3], [1, 2]] for DualPipe on 4
         embedding       the PP ranks that hold the embedding, e.g. [0, 3] for 1F1B on 4 with MTP; () = stage 0's
         ranks_per_node  asks for expert groups inside and across nodes, for a dispatch that uses them
+        host_backend    of the group for host-side values
         """
         if layout.world == 1:
             return Mesh(layout, 0, None, None, None, None, None)
@@ -157,7 +159,7 @@ class Mesh:
             dense=_my_group(dense_groups, rank, timeout),
             experts=_my_group(expert_copies, rank, timeout),
             links=Links.create(layout.pipelines(), timeout) if layout.pp > 1 else None,
-            control=dist.new_group(backend="gloo", timeout=timeout),
+            control=dist.new_group(backend=host_backend, timeout=timeout),
             tied=_my_group([layout.replicas(embedding)] if is_tied else [], rank, timeout),
         )
 

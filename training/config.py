@@ -79,7 +79,8 @@ class LoggerConfig:
 class LaunchConfig:
     device: str = "auto"  # auto | cpu | cuda
     timeout_seconds: float = 120.0  # after which a silent peer is given up
-    processes: int = 0  # of each job of a sweep (--multirun); 0 = PP · EP
+    processes: int = 0  # of each job of a sweep (--multirun), and of a dry run; 0 = PP · EP
+    device_gib: float = 80.0  # memory of the device of each rank, for dry_run
     threads: int = 0  # CPU threads per process; 0 = cores divided by local processes
 
 
@@ -98,6 +99,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    dry_run: bool = False  # build on paper, say what it would need and what is wrong, and end
     run: str = "default"  # name of the run: its folder is runs/<run>
     runs_dir: str = "runs"
     resume: str = "auto"  # auto = go on from the newest checkpoint of this run, if any | never

@@ -31,6 +31,8 @@ from training.trainer import Job, Trainer, join_process_group, prepare
 def run(config: Config) -> int:
     """Run the whole job in this process; returns the exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config.dry_run:
+        return _dry_run(config, rank)
     stop = StopRequest()
     stop_on_signals(stop)
     try:
@@ -56,6 +58,15 @@ def run(config: Config) -> int:
         where = f"in step {trainer.step + 1}" if trainer is not None else "while starting"
         _die(f"[rank {rank}] failed {where}:\n{traceback.format_exc()}", job)
     return code
+
+
+def _dry_run(config: Config, rank: int) -> int:
+    """Under torchrun its processes are the world, and one of them is enough to build it on paper."""
+    from training.forecast import dry_run  # fake process groups are of no use to any other run
+
+    least = config.parallel.pp * config.parallel.ep
+    world = config.launch.processes or int(os.environ.get("WORLD_SIZE", least))
+    return end_on_purpose(dry_run(config, world)) if rank == 0 else 0
 
 
 def _train(job: Job, trainer: Trainer) -> int:

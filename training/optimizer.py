@@ -13,7 +13,7 @@ import torch
 
 from parallel.build import Replica
 from parallel.update import FlatOptimizer, ParamGroup, ReplicatedUpdate, Update
-from parallel.zero import ShardedUpdate, check_deepspeed
+from parallel.zero import ShardedUpdate
 from training.adamw import AdamW, LowPrecisionAdamW
 from training.muon import Muon
 
@@ -53,8 +53,6 @@ class OptimConfig:
             raise ValueError(f"optim.name={self.name!r} is unknown; choose adamw or muon")
         if self.zero not in (0, 1):
             raise ValueError(f"optim.zero={self.zero} is unknown; choose 0 or 1")
-        if self.zero == 1:
-            check_deepspeed()
         if self.moments not in ("fp32", "bf16"):
             raise ValueError(f"optim.moments={self.moments!r} is unknown; choose fp32 or bf16")
         if not 0 <= self.constant_fraction <= 1:

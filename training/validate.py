@@ -19,6 +19,7 @@ from model.precision import make_precision
 from parallel.dispatchers import check_dispatch
 from parallel.grads import mirrors
 from parallel.mesh import Layout
+from parallel.zero import check_deepspeed
 from training.capacity import check_sizes
 from training.config import Config
 from training.recipe import check_pieces, check_ramp
@@ -27,8 +28,10 @@ from training.tensorboard import check_tensorboard
 MAX_MICRO_BATCHES = 16_384  # what the tags of messages can number (dualpipe/p2p.py)
 
 
-def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
+def validate(config: Config, world: int, here: bool = True) -> tuple[Layout, Schedule]:
     """Check the whole configuration for `world` processes; returns the layout and the schedule that it asks for.
+
+    here   it is to run on this machine, whose devices and packages matter then
 
     Raises ValueError with one message for the first thing that is wrong.
     """
@@ -39,6 +42,8 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
     config.guard.check()
     _check_numbers(config)
     _check_choices(config)
+    if here:
+        _check_machine(config)
     check_pieces("balance.bias_rate_schedule", config.balance.bias_rate_schedule)
     make_precision(config.precision.name)
     parallel = config.parallel
@@ -62,19 +67,26 @@ def validate(config: Config, world: int) -> tuple[Layout, Schedule]:
             f"parallel.overlap=on, but schedule={config.schedule.name} has no pairs to overlap; use "
             f"parallel.overlap=auto, or schedule=dualpipe"
         )
-    nodes_of(config, layout)
+    nodes_of(config, layout, here)
     _check_ramp(config, layout)
     if config.data.path is not None and not os.path.exists(config.data.path):
         raise ValueError(f"data.path={config.data.path} does not exist; give a folder or a file of text")
     return layout, schedule
 
 
-def nodes_of(config: Config, layout: Layout) -> int | None:
-    """Ranks per node, if the dispatch backend wants groups by node. Raises ValueError if it cannot work here."""
+def nodes_of(config: Config, layout: Layout, here: bool = True) -> int | None:
+    """Ranks per node, if the dispatch backend wants groups by node. Raises ValueError if it cannot work."""
     parallel = config.parallel
-    ranks_per_node = parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", layout.world))
-    device = resolve_device(config.launch.device).type
-    return check_dispatch(parallel.dispatch, layout, ranks_per_node, config.precision.name, device)
+    device = resolve_device(config.launch.device).type if here else "cpu" if config.launch.device == "cpu" else "cuda"
+    return check_dispatch(
+        parallel.dispatch, layout, ranks_per_node(config, layout, here), config.precision.name, device
+    )
+
+
+def ranks_per_node(config: Config, layout: Layout, here: bool = True) -> int:
+    """As configured, or as torchrun says; elsewhere 8."""
+    usual = layout.world if here else min(8, layout.world)
+    return config.parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", usual))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -125,6 +137,7 @@ def _check_numbers(config: Config) -> None:
         ("balance.sequence_loss", config.balance.sequence_loss, 0, 100),
         ("balance.aux_loss", config.balance.aux_loss, 0, 100),
         ("launch.processes", config.launch.processes, 0, 65_536),
+        ("launch.device_gib", config.launch.device_gib, 1, 65_536),
         ("launch.threads", config.launch.threads, 0, 4096),
         ("schedule.micro_batches", config.schedule.micro_batches, 1, MAX_MICRO_BATCHES),
         ("parallel.pp", config.parallel.pp, 1, math.inf),
@@ -158,8 +171,14 @@ def _check_choices(config: Config) -> None:
     for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run):
+        raise ValueError(f"run={config.run!r} must be a plain name of letters, digits, '.', '_' and '-'")
+
+
+def _check_machine(config: Config) -> None:
+    """Does this machine have what is asked for?"""
     resolve_device(config.launch.device)
     if "tensorboard" in config.logger.name:
         check_tensorboard()
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run):
-        raise ValueError(f"run={config.run!r} must be a plain name of letters, digits, '.', '_' and '-'")
+    if config.optim.zero:
+        check_deepspeed()
