@@ -36,7 +36,7 @@ from dualpipe.schedules import make_schedule
 from dualpipe.timeline import COMPUTE
 from model.batch import MicroBatch
 from model.config import ModelConfig
-from model.precision import make_precision
+from model.precisions import make_precision
 from parallel.build import BuildOptions, Replica, build_replica
 from parallel.grads import mirrors
 from parallel.memory import measure, predict

@@ -13,7 +13,7 @@ from dualpipe.schedules import make_schedule
 from model.config import ModelConfig
 from model.hf import entries, to_hf_config
 from model.names import named_tensors
-from model.precision import make_precision
+from model.precisions import make_precision
 from model.stage import ModelStage
 from parallel.build import BuildOptions, Replica, build_replica
 from parallel.mesh import Layout, Mesh

@@ -60,13 +60,15 @@ class LatentAttention(nn.Module):
         self.config = c
         query_size = c.num_heads * (c.head_dim + c.rope_dim)
         if c.query_rank:
-            self.query_down = Linear(c.hidden_size, c.query_rank, tools)
+            self.query_down = Linear(c.hidden_size, c.query_rank, tools, "attention_query_down")
             self.query_norm = RMSNorm(c.query_rank, c.norm_eps, tools)
-        self.query_up = Linear(c.query_rank or c.hidden_size, query_size, tools)
-        self.key_value_down = Linear(c.hidden_size, c.key_value_rank + c.rope_dim, tools)
+        self.query_up = Linear(c.query_rank or c.hidden_size, query_size, tools, "attention_query_up")
+        latent_size = c.key_value_rank + c.rope_dim
+        self.key_value_down = Linear(c.hidden_size, latent_size, tools, "attention_key_value_down")
         self.key_value_norm = RMSNorm(c.key_value_rank, c.norm_eps, tools)
-        self.key_value_up = Linear(c.key_value_rank, c.num_heads * (c.head_dim + c.value_dim), tools)
-        self.output = Linear(c.num_heads * c.value_dim, c.hidden_size, tools)
+        heads_size = c.num_heads * (c.head_dim + c.value_dim)
+        self.key_value_up = Linear(c.key_value_rank, heads_size, tools, "attention_key_value_up")
+        self.output = Linear(c.num_heads * c.value_dim, c.hidden_size, tools, "attention_output")
         self.sizes = HeadSizes(c.num_heads, c.head_dim, c.rope_dim, c.value_dim, softmax_scale(c))
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:

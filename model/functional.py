@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.precision import grad_of
+from model.grads import grad_of
 from model.protocols import WeightGrads
 
 

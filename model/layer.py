@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.attention import AttentionContext, LatentAttention
 from model.config import ModelConfig
-from model.functional import make_kernels, swiglu
+from model.functional import make_kernels
 from model.layers import GroupedLinear, Linear, RMSNorm, Toolbox
 from model.protocols import CommOp
 from model.router import Router
@@ -41,16 +41,16 @@ class SegmentWriter:
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)); gate and up are one product."""
+    """SwiGLU: down(silu(gate(x)) · up(x)); gate and up are one product. `name`: mlp or shared."""
 
-    def __init__(self, hidden: int, ffn: int, tools: Toolbox) -> None:
+    def __init__(self, hidden: int, ffn: int, tools: Toolbox, name: str) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden, 2 * ffn, tools)
-        self.down = Linear(ffn, hidden, tools)
+        self.gate_up = Linear(hidden, 2 * ffn, tools, f"{name}_gate_up")
+        self.down = Linear(ffn, hidden, tools, f"{name}_down")
         self.kernels = make_kernels(tools.compile)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x), None, self.kernels))
+        return self.down.of_swiglu(self.gate_up(x), self.kernels)
 
 
 class Experts(nn.Module):
@@ -59,13 +59,14 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, experts: Sequence[int], tools: Toolbox) -> None:
         super().__init__()
         self.numbers = tuple(experts)
-        self.gate_up = GroupedLinear(len(experts), config.hidden_size, 2 * config.expert_ffn_size, tools)
-        self.down = GroupedLinear(len(experts), config.expert_ffn_size, config.hidden_size, tools)
+        count, hidden, ffn = len(experts), config.hidden_size, config.expert_ffn_size
+        self.gate_up = GroupedLinear(count, hidden, 2 * ffn, tools, "experts_gate_up")
+        self.down = GroupedLinear(count, ffn, hidden, tools, "experts_down")
         self.kernels = make_kernels(tools.compile)
 
     def forward(self, x_RD: Tensor, gates_R: Tensor, counts: list[int]) -> Tensor:
         """Each row through its expert, already weighted by its gate, so that combine only has to add."""
-        return self.down(swiglu(self.gate_up(x_RD, counts), gates_R, self.kernels), counts)
+        return self.down.of_swiglu(self.gate_up(x_RD, counts), gates_R, counts, self.kernels)
 
 
 class Layer(nn.Module):
@@ -95,12 +96,12 @@ class Layer(nn.Module):
             slot_E[list(order)] = torch.arange(config.num_experts, device=tools.device)
             self.register_buffer("slot_E", slot_E, persistent=False)
             self.shared = (
-                MLP(config.hidden_size, config.num_shared_experts * config.expert_ffn_size, tools)
+                MLP(config.hidden_size, config.num_shared_experts * config.expert_ffn_size, tools, "shared")
                 if config.num_shared_experts
                 else None
             )
         else:
-            self.mlp = MLP(config.hidden_size, config.dense_ffn_size, tools)
+            self.mlp = MLP(config.hidden_size, config.dense_ffn_size, tools, "mlp")
 
     def write(self, out: SegmentWriter, residual: Residual, context: AttentionContext) -> Residual:
         """Append the layer's segments; returns the names whose sum is its output."""

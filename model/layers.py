@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.balance import NO_BALANCE, Balance
-from model.functional import embed, make_kernels, rms_norm
+from model.functional import Kernels, embed, make_kernels, rms_norm
 from model.precision import Precision
 from model.protocols import Dispatcher, WeightGrads
 
@@ -42,27 +42,37 @@ class Toolbox:
 
 
 class Linear(nn.Module):
-    """y = x · weightᵀ; weight [out, in]."""
+    """y = x · weightᵀ; weight [out, in]. `name` is the module's in the table of formats."""
 
-    def __init__(self, inputs: int, outputs: int, tools: Toolbox) -> None:
+    def __init__(self, inputs: int, outputs: int, tools: Toolbox, name: str) -> None:
         super().__init__()
         self.tools = tools
+        self.products = tools.precision.of(name)
         self.weight = tools.parameter(outputs, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tools.precision.linear(x, self.weight, self.tools.queue)
+        return self.products.linear(x, self.weight, self.tools.queue)
+
+    def of_swiglu(self, gate_up: Tensor, kernels: Kernels) -> Tensor:
+        """The same of silu(gate) · up."""
+        return self.products.swiglu_linear(gate_up, None, self.weight, None, kernels, self.tools.queue)
 
 
 class GroupedLinear(nn.Module):
     """One weight per expert: weight [experts, out, in]; rows come sorted by expert."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int, tools: Toolbox) -> None:
+    def __init__(self, experts: int, inputs: int, outputs: int, tools: Toolbox, name: str) -> None:
         super().__init__()
         self.tools = tools
+        self.products = tools.precision.of(name)
         self.weight = tools.parameter(experts, outputs, inputs)
 
     def forward(self, x_RI: Tensor, counts: list[int]) -> Tensor:
-        return self.tools.precision.grouped_linear(x_RI, self.weight, counts, self.tools.queue)
+        return self.products.grouped_linear(x_RI, self.weight, counts, self.tools.queue)
+
+    def of_swiglu(self, gate_up: Tensor, gates_R: Tensor, counts: list[int], kernels: Kernels) -> Tensor:
+        """The same of silu(gate) · up · router gate."""
+        return self.products.swiglu_linear(gate_up, gates_R, self.weight, counts, kernels, self.tools.queue)
 
 
 class RMSNorm(nn.Module):

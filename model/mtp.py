@@ -28,7 +28,7 @@ class MTPModule(nn.Module):
         self.label = f"mtp.{depth}"
         self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
         self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
-        self.projection = Linear(2 * config.hidden_size, config.hidden_size, tools)
+        self.projection = Linear(2 * config.hidden_size, config.hidden_size, tools, "mtp_projection")
         self.layer = Layer(config, config.num_layers + depth - 1, experts, tools, self.label)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
 

@@ -1,4 +1,5 @@
-"""The one precision seam: the model asks this object for every product with a weight.
+"""The one precision seam: every module asks it for the products with its weight (by its name, since in FP8 the
+modules differ).
 
 Parameters are kept in FP32 (FP64 in exactness tests) and are the master weights. A precision computes with copies
 in its own dtype, made once per step (`refresh` after the optimizer), not once per micro-batch.
@@ -9,15 +10,38 @@ weight goes to the weight-gradient queue and is accumulated in the parameter's o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from model.functional import Kernels, swiglu
+from model.grads import grad_of
 from model.products import add_grouped_weight_grads, add_weight_grad, grouped_product, product
 from model.protocols import WeightGrads
+
+if TYPE_CHECKING:
+    from model.fp8.backend import Backend
+
+
+class Products(Protocol):
+    """The products of one module with its weight."""
+
+    def linear(self, x_TI: Tensor, weight_OI: nn.Parameter, queue: WeightGrads) -> Tensor: ...
+
+    def grouped_linear(
+        self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads
+    ) -> Tensor: ...
+
+    def swiglu_linear(
+        self,
+        gate_up: Tensor,
+        gates_R: Tensor | None,
+        weight: nn.Parameter,
+        counts: list[int] | None,
+        kernels: Kernels,
+        queue: WeightGrads,
+    ) -> Tensor: ...
 
 
 class Precision(Protocol):
@@ -26,28 +50,29 @@ class Precision(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def linear(self, x_TI: Tensor, weight_OI: nn.Parameter, queue: WeightGrads) -> Tensor: ...
+    @property
+    def wire(self) -> Backend | None:
+        """What quantises tokens for their way to the experts; None if they travel as they are."""
+        ...
 
-    def grouped_linear(
-        self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads
-    ) -> Tensor: ...
+    def of(self, module: str) -> Products:
+        """For a module by its name inside a layer, such as "attention_output" (`model/fp8/formats.py` has them)."""
+        ...
 
     def refresh(self) -> None: ...
 
 
-def grad_of(parameter: nn.Parameter) -> Tensor:
-    """Where a parameter's gradient accumulates: `.grad`, zeros if there is none yet."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
 class CastPrecision:
-    """Computes in FP64, FP32 or BF16 with plain torch matrix products."""
+    """Computes in FP64, FP32 or BF16 with plain torch matrix products, every module alike."""
+
+    wire = None
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._copies: dict[nn.Parameter, Tensor] = {}
+
+    def of(self, module: str) -> CastPrecision:
+        return self
 
     def linear(self, x_TI: Tensor, weight_OI: nn.Parameter, queue: WeightGrads) -> Tensor:
         """x_TI · weightᵀ → [T, O]; any leading dimensions."""
@@ -56,6 +81,21 @@ class CastPrecision:
     def grouped_linear(self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads) -> Tensor:
         """Rows sorted by expert, `counts[e]` of them for expert e: each block times its expert's weight → [R, O]."""
         return _GroupedLinear.apply(x_RI, weight_EOI, self._copy(weight_EOI), counts, queue)
+
+    def swiglu_linear(
+        self,
+        gate_up: Tensor,
+        gates_R: Tensor | None,
+        weight: nn.Parameter,
+        counts: list[int] | None,
+        kernels: Kernels,
+        queue: WeightGrads,
+    ) -> Tensor:
+        """The linear layer (grouped, if there are counts) of silu(gate) · up [· router gate]."""
+        hidden = swiglu(gate_up, gates_R, kernels)
+        if counts is None:
+            return self.linear(hidden, weight, queue)
+        return self.grouped_linear(hidden, weight, counts, queue)
 
     def refresh(self) -> None:
         """The weights have changed: forget the copies."""
@@ -104,21 +144,3 @@ class _GroupedLinear(torch.autograd.Function):
         dy_RO = dy_RO.contiguous()
         ctx.queue.put(lambda: add_grouped_weight_grads(grad_of(weight), dy_RO, x_RI, counts))
         return grouped_product(dy_RO, copy_EOI.transpose(1, 2), counts), None, None, None, None
-
-
-# Name → activation dtype and parameter dtype. fp64 is for exactness checks.
-PRECISIONS: Mapping[str, tuple[torch.dtype, torch.dtype]] = MappingProxyType(
-    {
-        "fp32": (torch.float32, torch.float32),
-        "bf16": (torch.bfloat16, torch.float32),
-        "fp64": (torch.float64, torch.float64),
-    }
-)
-
-
-def make_precision(name: str) -> tuple[Precision, torch.dtype]:
-    """A precision by name, and the dtype in which it wants the parameters. Raises ValueError for an unknown name."""
-    if name not in PRECISIONS:
-        raise ValueError(f"precision.name={name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    compute, parameters = PRECISIONS[name]
-    return CastPrecision(compute), parameters

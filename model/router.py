@@ -41,7 +41,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.balance = config, tools.balance
         high = Toolbox(CastPrecision(tools.param_dtype), tools.queue, tools.dispatcher, tools.param_dtype, tools.device)
-        self.linear = Linear(config.hidden_size, config.num_experts, high)
+        self.linear = Linear(config.hidden_size, config.num_experts, high, "router")
         self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=tools.param_dtype, device=tools.device))
         width = Counts.width(config.num_experts, config.num_groups)
         counts = torch.zeros(width, dtype=torch.int64, device=tools.device)

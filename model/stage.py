@@ -64,7 +64,7 @@ class ModelStage(nn.Module):
         self.layers = nn.ModuleDict({str(i): Layer(config, i, shape.experts, tools) for i in shape.layers})
         if shape.is_last:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, tools)
-            self.head = Linear(config.hidden_size, config.vocab_size, tools)
+            self.head = Linear(config.hidden_size, config.vocab_size, tools, "head")
             depths = range(1, config.mtp_depth + 1)
             self.mtp = nn.ModuleDict({str(k): MTPModule(config, k, shape.experts, tools) for k in depths})
 
@@ -168,4 +168,4 @@ class ModelStage(nn.Module):
 
     def _logits(self, hidden_TD: Tensor, may_defer: bool) -> Tensor:
         queue = self.tools.queue if may_defer else AtOnce()
-        return self.tools.precision.linear(hidden_TD, self.head.weight, queue)
+        return self.head.products.linear(hidden_TD, self.head.weight, queue)

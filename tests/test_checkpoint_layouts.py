@@ -21,7 +21,7 @@ from torch import Tensor
 from dualpipe.schedules import make_schedule
 from model.config import ModelConfig
 from model.names import named_tensors
-from model.precision import make_precision
+from model.precisions import make_precision
 from parallel.build import BuildOptions, Replica, build_replica
 from parallel.fragments import Fragment
 from parallel.grads import embedding_holders, mirrors

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.describe import Layout, cache_bytes, count_parameters, rank_memory, training_flops
 from model.hf import entries
 from model.names import named_tensors
-from model.precision import make_precision
+from model.precisions import make_precision
 from model.stage import ModelStage
 from parallel.build import BuildOptions, build_stages
 from parallel.mesh import Layout as MeshLayout

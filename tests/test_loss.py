@@ -13,7 +13,7 @@ import model.loss
 from dualpipe.wgrad import WeightGradQueue
 from model.batch import IGNORE
 from model.loss import head_loss
-from model.precision import make_precision
+from model.precisions import make_precision
 from model.protocols import AtOnce
 
 
@@ -28,7 +28,7 @@ def setup(
     targets[::7] = IGNORE
 
     def head(h: Tensor, may_defer: bool) -> Tensor:
-        return seam.linear(h, weight, queue if may_defer else AtOnce())
+        return seam.of("head").linear(h, weight, queue if may_defer else AtOnce())
 
     return hidden, weight, targets, head
 

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from dualpipe.schedules import make_schedule
 from model.config import ModelConfig
-from model.precision import make_precision
+from model.precisions import make_precision
 from parallel.buckets import GradBucket
 from parallel.build import BuildOptions, build_replica
 from parallel.mesh import Layout, Mesh

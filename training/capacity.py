@@ -15,7 +15,7 @@ import torch
 
 from dualpipe.schedule import Schedule
 from dualpipe.wgrad import WeightGradQueue
-from model.precision import make_precision
+from model.precisions import make_precision
 from model.stage import ModelStage
 from parallel.build import BuildOptions, build_stages
 from parallel.grads import mirrors
@@ -36,7 +36,7 @@ def check_sizes(config: Config) -> None:
 
 def build_on_meta(config: Config, layout: Layout, schedule: Schedule, rank: int) -> dict[int, ModelStage]:
     """A rank's stages with shapes only. Raises ValueError if a tensor has more elements than can be counted."""
-    precision, dtype = make_precision(config.precision.name)
+    precision, dtype = make_precision(config.precision)
     options = BuildOptions(
         param_dtype=dtype, device="meta", layers_per_stage=tuple(config.parallel.layers_per_stage) or None
     )

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from model.config import ModelConfig
 from model.loss import LossConfig
+from model.precisions import PrecisionConfig
 from training.guard import GuardConfig
 from training.optimizer import OptimConfig
 from training.recipe import Piece, RecipeConfig
@@ -44,11 +45,6 @@ class ParallelConfig:
 class ScheduleConfig:
     name: str = "dualpipe"
     micro_batches: int = 4  # per pipeline and step; more of them = gradient accumulation
-
-
-@dataclass
-class PrecisionConfig:
-    name: str = "fp32"
 
 
 @dataclass

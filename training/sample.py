@@ -17,7 +17,7 @@ from dualpipe.schedules import make_schedule
 from dualpipe.wgrad import WeightGradQueue
 from model.batch import MicroBatch
 from model.config import ModelConfig
-from model.precision import make_precision
+from model.precisions import make_precision
 from model.stage import ModelStage
 from model.tokenizer import ByteTokenizer
 from parallel.build import BuildOptions, build_stages

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dualpipe.schedule import Schedule
 from model.balance import Balance
 from model.batch import MicroBatch
-from model.precision import make_precision
+from model.precisions import make_precision
 from parallel.build import BuildOptions, Replica, build_replica, with_micro_batches
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
@@ -81,7 +81,7 @@ class Job:
         c = self.config
         return BuildOptions(
             seed=c.seed,
-            param_dtype=make_precision(c.precision.name)[1],
+            param_dtype=make_precision(c.precision)[1],
             device=self.device,
             layers_per_stage=tuple(c.parallel.layers_per_stage) or None,
             overlap=c.parallel.overlap != "off",
@@ -139,7 +139,7 @@ class Trainer:
 
     def __init__(self, job: Job, mesh: Mesh, stop: StopRequest) -> None:
         self.job, self.mesh, self.stop = job, mesh, stop
-        precision, _ = make_precision(job.config.precision.name)
+        precision, _ = make_precision(job.config.precision)
         state = read_run_state(job.resume) if job.resume is not None else None
         expert_loads = state.expert_loads if state is not None else {}
         order = None

@@ -15,7 +15,7 @@ from dualpipe.schedule import Pair, Schedule
 from dualpipe.schedules import SCHEDULES, make_schedule
 from model.balance import FORCES
 from model.config import split_layers
-from model.precision import make_precision
+from model.precisions import make_precision
 from parallel.dispatchers import check_dispatch
 from parallel.grads import mirrors
 from parallel.mesh import Layout
@@ -45,7 +45,7 @@ def validate(config: Config, world: int, here: bool = True) -> tuple[Layout, Sch
     if here:
         _check_machine(config)
     check_pieces("balance.bias_rate_schedule", config.balance.bias_rate_schedule)
-    make_precision(config.precision.name)
+    make_precision(config.precision)
     parallel = config.parallel
     config.recipe.check()
     if config.eval.ema and not config.optim.ema:

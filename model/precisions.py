@@ -1,0 +1,57 @@
+"""Precisions by name (`precision=`). A new one is one file, and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+from model.fp8.backends import make_backend
+from model.fp8.precision import Fp8Precision
+from model.precision import CastPrecision, Precision
+
+
+@dataclass
+class PrecisionConfig:
+    name: str = "fp32"
+    backend: str = "reference"  # of fp8: who quantises and multiplies (model/fp8/backends.py)
+    formats: dict[str, str] = field(default_factory=dict)  # of fp8: module → format (model/fp8/formats.py)
+    gradient_blocks: bool = False  # of fp8: activation gradients in 128×128 blocks, the report's ablation
+
+
+def _cast(dtype: torch.dtype) -> Callable[[PrecisionConfig], Precision]:
+    return lambda config: CastPrecision(dtype)
+
+
+def _fp8(config: PrecisionConfig) -> Precision:
+    return Fp8Precision(make_backend(config.backend), config.formats, config.gradient_blocks)
+
+
+# Name → how it is made, and the dtype of the parameters. fp64 is for exactness checks.
+PRECISIONS: Mapping[str, tuple[Callable[[PrecisionConfig], Precision], torch.dtype]] = MappingProxyType(
+    {
+        "fp32": (_cast(torch.float32), torch.float32),
+        "bf16": (_cast(torch.bfloat16), torch.float32),
+        "fp8": (_fp8, torch.float32),
+        "fp64": (_cast(torch.float64), torch.float64),
+    }
+)
+
+
+def make_precision(config: PrecisionConfig | str) -> tuple[Precision, torch.dtype]:
+    """The precision of a configuration, or by name alone, and the dtype in which it wants the parameters.
+
+    Raises ValueError for an unknown name, backend, module or format, or for a setting that only fp8 has.
+    """
+    if isinstance(config, str):
+        config = PrecisionConfig(config)
+    if config.name not in PRECISIONS:
+        raise ValueError(f"precision.name={config.name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if config.name != "fp8" and (config.formats or config.gradient_blocks):
+        raise ValueError(
+            f"precision.formats and precision.gradient_blocks belong to precision=fp8, not to {config.name}"
+        )
+    make, parameters = PRECISIONS[config.name]
+    return make(config), parameters
