@@ -18,7 +18,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-
 RUNS = Path("runs/fp8_training")
 STEPS = 1000
 WINDOW = 200  # steps over which a loss is averaged

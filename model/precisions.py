@@ -49,9 +49,8 @@ def make_precision(config: PrecisionConfig | str) -> tuple[Precision, torch.dtyp
         config = PrecisionConfig(config)
     if config.name not in PRECISIONS:
         raise ValueError(f"precision.name={config.name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    if config.name != "fp8" and (config.formats or config.gradient_blocks):
-        raise ValueError(
-            f"precision.formats and precision.gradient_blocks belong to precision=fp8, not to {config.name}"
-        )
+    for name in ("formats", "gradient_blocks"):
+        if config.name != "fp8" and getattr(config, name):
+            raise ValueError(f"precision.{name}={getattr(config, name)} is for precision=fp8, not {config.name}")
     make, parameters = PRECISIONS[config.name]
     return make(config), parameters

@@ -111,7 +111,7 @@ def build_stages(
         )
     share = config.num_experts // mesh.layout.ep
     experts = range(mesh.ep * share, (mesh.ep + 1) * share)
-    dispatcher = dispatcher or DISPATCHERS[options.dispatch].make(mesh.expert, share, config)
+    dispatcher = dispatcher or DISPATCHERS[options.dispatch].make(mesh.expert, share, config, precision)
     device, balance = options.device, options.balance
     tools = Toolbox(
         precision, queue, dispatcher, options.param_dtype, device, balance, options.placement, options.compile

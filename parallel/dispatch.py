@@ -30,6 +30,7 @@ from parallel.exchange import Works, all_to_all
 from parallel.expert_groups import ExpertGroups
 from parallel.packing import Columns
 from parallel.routes import Place, Sizes, count_table, rows_for, sort_by_expert, targets
+from parallel.rows import PlainRows, Rows
 
 
 class Promise:
@@ -130,10 +131,14 @@ class Route:
 
 
 class RoutedDispatcher:
-    """Opens exchanges over an EP group (None: one rank), each rank of which holds `experts_per_rank` experts."""
+    """Opens exchanges over an EP group (None: one rank), each rank of which holds `experts_per_rank` experts.
 
-    def __init__(self, groups: ExpertGroups | None, experts_per_rank: int) -> None:
+    rows   how vectors travel on their way to the experts
+    """
+
+    def __init__(self, groups: ExpertGroups | None, experts_per_rank: int, rows: Rows | None = None) -> None:
         self.groups = groups
+        self.rows: Rows = PlainRows() if rows is None or groups is None else rows
         if groups is None:
             self.place = Place(0, 1, 1, experts_per_rank)
         else:
@@ -191,7 +196,8 @@ class _Dispatch:
         across, inside = self.dispatcher.hop_groups()
         sent, received = table.tolist()
         sizes = Sizes.read(sent, received, place)
-        columns: tuple[Tensor, ...] = (x_TD, gates_TK, experts_TK.to(torch.int32))
+        rows = self.dispatcher.rows
+        columns: tuple[Tensor, ...] = (*rows.pack(x_TD), gates_TK, experts_TK.to(torch.int32))
         hops: list[Hop] = []
         first = None
         if across is not None:
@@ -202,12 +208,13 @@ class _Dispatch:
             arrived = columns if first is None else first.wait()
             if inside is not None:
                 start = place.node * place.local * place.share
-                hops.append(_hop(inside, arrived[2], start, place.share, sizes, 1))
+                hops.append(_hop(inside, arrived[-1], start, place.share, sizes, 1))
                 arrived = hops[-1].there(arrived).wait()
-            x_MD, gates_MK, experts_MK = arrived
+            *vectors_M, gates_MK, experts_MK = arrived
             source_R, slot_R = sort_by_expert(experts_MK, place, sum(sizes.per_expert))
             self._route = Route(tuple(hops), experts_MK.shape, source_R, slot_R)
-            return x_MD[source_R], gates_MK[source_R, slot_R], sizes.per_expert
+            x_RD = rows.unpack([column[source_R] for column in vectors_M])
+            return x_RD, gates_MK[source_R, slot_R], sizes.per_expert
 
         return Promise(finish)
 
@@ -228,7 +235,9 @@ class _Combine:
         return route.back((route.gather(y_RD),))
 
     def start_backward(self, dy_TD: Tensor) -> Promise:
-        return self.dispatch.route.there((dy_TD.flatten(0, -2),))
+        rows = self.dispatch.dispatcher.rows
+        pending = self.dispatch.route.there(rows.pack(dy_TD.flatten(0, -2)))
+        return Promise(lambda: (rows.unpack(pending.wait()),))
 
 
 def _hop(group: dist.ProcessGroup, experts_MK: Tensor, first: int, share: int, sizes: Sizes, number: int) -> Hop:

@@ -7,31 +7,38 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from model.config import ModelConfig
+from model.precision import Precision
 from model.protocols import Dispatcher
 from parallel.deep_ep import deep_ep_dispatcher
 from parallel.dispatch import RoutedDispatcher
 from parallel.expert_groups import ExpertGroups, split_nodes
 from parallel.mesh import Layout
+from parallel.rows import Fp8Rows
 
 
 @dataclass(frozen=True)
 class Backend:
-    """make(groups, experts per rank, model); `uses_nodes` asks the mesh for groups inside and across nodes."""
+    """make(groups, experts per rank, model, precision); `uses_nodes`: it wants groups inside and across nodes."""
 
-    make: Callable[[ExpertGroups | None, int, ModelConfig], Dispatcher]
+    make: Callable[[ExpertGroups | None, int, ModelConfig, Precision], Dispatcher]
     uses_nodes: bool = False
     needs_cuda: bool = False
 
 
-def _routed(groups: ExpertGroups | None, share: int, config: ModelConfig) -> Dispatcher:
-    return RoutedDispatcher(groups, share)
+def _routed(groups: ExpertGroups | None, share: int, config: ModelConfig, precision: Precision) -> Dispatcher:
+    rows = None if precision.wire is None else Fp8Rows(precision.wire, precision.dtype)
+    return RoutedDispatcher(groups, share, rows)
+
+
+def _deep_ep(groups: ExpertGroups | None, share: int, config: ModelConfig, precision: Precision) -> Dispatcher:
+    return deep_ep_dispatcher(groups, share, config)
 
 
 DISPATCHERS: Mapping[str, Backend] = MappingProxyType(
     {
         "all_to_all": Backend(_routed),
         "hierarchical": Backend(_routed, uses_nodes=True),
-        "deep_ep": Backend(deep_ep_dispatcher, needs_cuda=True),
+        "deep_ep": Backend(_deep_ep, needs_cuda=True),
     }
 )
 

@@ -6,7 +6,7 @@ Matrices and the embedding decay, norms do not. The optimizer works on whole buc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -34,7 +34,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip: float = 1.0  # global gradient norm; 0 = no clipping
     zero: int = 0  # 1: optimizer state is shared out among the copies of a parameter, through DeepSpeed
-    moments: str = "fp32"  # fp32 | bf16 (stochastically rounded)
+    moments: str = "auto"  # fp32 | bf16 (stochastically rounded) | auto: bf16 with precision=fp8 (report 3.3.3)
     ema: float = 0.0  # decay per step of a moving average of the weights, kept on the CPU; 0 = none
 
     def check(self) -> None:
@@ -53,8 +53,8 @@ class OptimConfig:
             raise ValueError(f"optim.name={self.name!r} is unknown; choose adamw or muon")
         if self.zero not in (0, 1):
             raise ValueError(f"optim.zero={self.zero} is unknown; choose 0 or 1")
-        if self.moments not in ("fp32", "bf16"):
-            raise ValueError(f"optim.moments={self.moments!r} is unknown; choose fp32 or bf16")
+        if self.moments not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"optim.moments={self.moments!r} is unknown; choose fp32 or bf16, or auto")
         if not 0 <= self.constant_fraction <= 1:
             raise ValueError(f"optim.constant_fraction={self.constant_fraction} must be in [0, 1]")
 
@@ -67,6 +67,13 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     decay_start = config.warmup_steps + config.constant_fraction * rest
     progress = min(1.0, max(0.0, (step + 1 - decay_start) / max(1.0, total_steps - decay_start)))
     return config.lr_final + (config.lr - config.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def with_moments(config: OptimConfig, precision: str) -> OptimConfig:
+    """The same with moments that are decided: auto goes by the name of the precision."""
+    if config.moments != "auto":
+        return config
+    return replace(config, moments="bf16" if precision == "fp8" else "fp32")
 
 
 def make_update(replica: Replica, config: OptimConfig, seed: int = 0) -> Update:

@@ -79,11 +79,9 @@ def complete(chosen: Mapping[str, str]) -> dict[str, str]:
     """The table with what the configuration says. Raises ValueError for a module or format that is not in it."""
     for module, name in chosen.items():
         if module not in TABLE:
-            raise ValueError(f"precision.formats has {module!r}; the modules are {', '.join(TABLE)}")
+            raise ValueError(f"precision.formats.{module}={name}: unknown module; choose one of {', '.join(TABLE)}")
         if name not in TABLE[module].choices:
-            raise ValueError(
-                f"precision.formats has {name!r} for {module}; it can be {' or '.join(TABLE[module].choices)}"
-            )
+            raise ValueError(f"precision.formats.{module}={name} must be {' or '.join(TABLE[module].choices)}")
     return {module: chosen.get(module, entry.format) for module, entry in TABLE.items()}
 
 

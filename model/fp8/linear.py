@@ -103,7 +103,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tiles: Quantized, layer: Layer) -> Tensor:
         ctx.save_for_backward(*layer.keep(x.flatten(0, -2), tiles))
         ctx.layer, ctx.shape = layer, x.shape
-        return layer.product(tiles, layer.quantized).view(*x.shape[:-1], -1)
+        return layer.product(tiles, layer.quantized).view(*x.shape[:-1], layer.weight.shape[-2])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,7 +127,7 @@ class _SwiGLULinear(torch.autograd.Function):
         ctx.save_for_backward(kept.values, kept.scales, gates)
         ctx.layer, ctx.kernels, ctx.shape = layer, kernels, gate_up.shape
         hidden = layer.backend.swiglu_quantize(flat, gates, layer.format.power_of_two_input)
-        return layer.product(hidden, layer.quantized).view(*gate_up.shape[:-1], -1)
+        return layer.product(hidden, layer.quantized).view(*gate_up.shape[:-1], weight.shape[-2])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
