@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dualpipe.schedule import Kind, Schedule, parts
 from dualpipe.simulator import receiver
 from model.config import ModelConfig
+from model.fp8.quantize import TILE
 from model.router import choose_experts
 from parallel.buckets import GradBucket
 from parallel.mesh import Layout
@@ -119,7 +120,10 @@ def pipeline_bytes(schedule: Schedule, pp: int, message: int, nodes: Nodes) -> B
 
 @dataclass(frozen=True)
 class Tokens:
-    """tokens per micro-batch, their width and type; `hierarchical`: across nodes first, then inside the node."""
+    """tokens per micro-batch, their width and type; `hierarchical`: across nodes first, then inside the node.
+
+    fp8   they travel to their experts in FP8 (parallel/rows.py)
+    """
 
     number: int
     hidden: int
@@ -127,6 +131,7 @@ class Tokens:
     experts: int  # per token
     hierarchical: bool = False
     gates: torch.dtype = field(default=torch.float32)
+    fp8: bool = False
 
     @property
     def bytes_per_row(self) -> int:
@@ -136,7 +141,9 @@ class Tokens:
             return Columns(tuple(c[0] for c in columns), tuple(c[1] for c in columns)).starts[-1]
 
         hidden, gates = (self.hidden, self.dtype), (self.experts, self.gates)
-        return row(hidden, gates, (self.experts, torch.int32)) + 2 * row(hidden) + row(hidden, gates)
+        there = [(self.hidden, torch.uint8), (-(-self.hidden // TILE), torch.float32)] if self.fp8 else [hidden]
+        forward = row(*there, gates, (self.experts, torch.int32)) + row(hidden)
+        return forward + row(*there) + row(hidden, gates)
 
 
 def expert_bytes(

@@ -16,7 +16,7 @@ from dualpipe.simulator import simulate
 from dualpipe.wgrad import WeightGradQueue
 from model.balance import Balance
 from model.batch import MicroBatch
-from model.precision import make_precision
+from model.precisions import make_precision
 from parallel.build import BuildOptions, build_stages
 from parallel.mesh import EP_ACROSS_NODES, Layout, Mesh
 from parallel.rehearsal import PaperDispatcher, Phase, Rehearsal, peak_bytes, rehearse

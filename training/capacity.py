@@ -22,7 +22,6 @@ from parallel.grads import mirrors
 from parallel.memory import predict
 from parallel.mesh import Layout, Mesh
 from training.config import Config
-from training.optimizer import with_moments
 
 LARGEST = 2**31  # of any size in the configuration: torch counts elements in 64 bits, and sizes are multiplied
 
@@ -52,7 +51,7 @@ def bytes_per_rank(config: Config, layout: Layout, schedule: Schedule, rank: int
     """Weights, gradients and moments of a rank."""
     stages = build_on_meta(config, layout, schedule, rank)
     pps = next(len(pps) for pps in mirrors(schedule) if layout.pp_of(rank) in pps)
-    moment = 2 if with_moments(config.optim, config.precision.name).moments == "bf16" else 4
+    moment = 2 if config.optim.moments == "bf16" else 4
     dense, routed = pps * layout.dp, pps * layout.dp // layout.ep
     return predict(stages.values(), dense, routed, config.optim.zero, moment).total
 

@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.loss import LossConfig
 from model.precisions import PrecisionConfig
 from training.guard import GuardConfig
-from training.optimizer import OptimConfig
+from training.optimizer import OptimConfig, with_moments
 from training.recipe import Piece, RecipeConfig
 
 
@@ -141,6 +141,7 @@ def from_hydra(composed: DictConfig) -> Config:
         raise ValueError(
             f"the configuration is a {type(config).__name__}, not built on the schema of training/config.py"
         )
+    config.optim = with_moments(config.optim, config.precision.name)
     return config
 
 

@@ -27,7 +27,8 @@ from dualpipe.timeline import Timeline
 from dualpipe.wgrad import WeightGradQueue
 from model.batch import MicroBatch
 from model.layer import Layer
-from model.precision import Precision, make_precision
+from model.precision import Precision
+from model.precisions import make_precision
 from model.stage import ModelStage
 from parallel.buckets import GradBucket, make_buckets
 from parallel.build import BuildOptions, build_pipeline, build_stages
@@ -124,7 +125,7 @@ class _Rank:
 def _rank(config: Config, layout: Layout, schedule: Schedule, pp: int, spread: Spread) -> Iterator[_Rank]:
     """This process as one rank of the world, with everything that the rank would make before it trains."""
     timeout = timedelta(seconds=config.launch.timeout_seconds)
-    precision, dtype = make_precision(config.precision.name)
+    precision, dtype = make_precision(config.precision)
     options = BuildOptions(
         param_dtype=dtype,
         device="meta",
@@ -160,7 +161,8 @@ def _measure(
     memory = predict(rank.stages.values(), copies, copies // layout.ep, config.optim.zero, moment)
     number, dtype = data.micro_batch_size * data.seq_len, rank.precision.dtype
     hierarchical = nodes_of(config, layout, here=False) is not None
-    tokens = Tokens(number, model.hidden_size, dtype, model.experts_per_token, hierarchical)
+    fp8 = rank.precision.wire is not None
+    tokens = Tokens(number, model.hidden_size, dtype, model.experts_per_token, hierarchical, fp8=fp8)
     moe_layers = {stage: _layers(module)[1] for stage, module in rank.stages.items()}
     traffic = Traffic(
         pipeline_bytes(schedule, pp, number * model.hidden_size * dtype.itemsize, nodes),

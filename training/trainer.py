@@ -40,7 +40,7 @@ from training.ema import WeightAverage
 from training.guard import Diverged, Guard
 from training.initial import find_weights, load_initial
 from training.loggers import CompositeLogger, new_run_id
-from training.optimizer import learning_rate, make_update, with_moments
+from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
 from training.recipe import batch_at, factor_at, value_at
 from training.resume import find_resume_point
@@ -150,9 +150,7 @@ class Trainer:
         if job.init_from is not None:
             load_initial(job.init_from, job.config.model, self.replica.stages)
         self.guard = Guard(job.config.guard)
-        self.update = make_update(
-            self.replica, with_moments(job.config.optim, job.config.precision.name), job.config.seed
-        )
+        self.update = make_update(self.replica, job.config.optim, job.config.seed)
         self.train_data, self.val_data = job.dataset("train"), job.dataset("val")
         self.step = self.samples = self.tokens = 0
         self.wandb_id = new_run_id()
