@@ -8,9 +8,22 @@ from types import MappingProxyType
 from model.fp8.backend import Backend
 from model.fp8.reference import ReferenceBackend
 
+
+def _triton() -> Backend:
+    try:
+        from model.fp8.triton_backend import TritonBackend
+    except ImportError as error:
+        raise ValueError(
+            f"precision.backend=triton needs Triton: pip install -e '.[triton]' ({error}); or use "
+            "precision.backend=reference"
+        ) from error
+    return TritonBackend()
+
+
 BACKENDS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
     {
         "reference": ReferenceBackend,
+        "triton": _triton,
     }
 )
 
