@@ -6,6 +6,7 @@ pieces only *start* here; they are waited for when a later segment reads their r
 start and use runs under them. That one rule makes the overlap; everything else is the order of pieces.
 
 Memory: a value is dropped after its last reader has run; what a backward needs is kept by the segment's own graph.
+That graph begins and ends without the values themselves: a layer that keeps its input in FP8 really lets it go.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.lanes import HostLanes, Lanes
 from dualpipe.stage import Lane, Pending, Segment, inputs_of, outputs_of
@@ -24,10 +26,23 @@ from dualpipe.wgrad import WeightGradQueue
 
 @dataclass
 class _Graph:
-    """What a segment keeps between forward and backward: its detached inputs and its outputs."""
+    """What a segment keeps between forward and backward: leaves that take up its inputs' gradients, and the places
+    where its outputs' gradients enter."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, GradientEdge] = field(default_factory=dict)
+
+
+class _Enter(torch.autograd.Function):
+    """A value from outside, whose gradient goes to a leaf of the same shape that has no memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, value: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class Chunk:
@@ -74,16 +89,17 @@ class Chunk:
 
     def _compute(self, index: int, segment: Segment, values: dict[str, Any]) -> None:
         graph = _Graph()
-        if self._training:
-            for name, value in values.items():
-                if _differentiable(value):
-                    graph.inputs[name] = values[name] = value.detach().requires_grad_()
         with torch.set_grad_enabled(self._training):
+            if self._training:
+                for name, value in values.items():
+                    if _differentiable(value):
+                        leaf = value.new_empty(()).expand(value.shape).requires_grad_()
+                        graph.inputs[name], values[name] = leaf, _Enter.apply(leaf, value)
             results = segment.work(*values.values())  # type: ignore[operator]
         results = results if isinstance(results, tuple) else (results,)
         for name, value in zip(segment.writes, results, strict=True):
             if self._training and isinstance(value, Tensor) and value.requires_grad:
-                graph.outputs[name] = value
+                graph.outputs[name] = get_gradient_edge(value)
                 value = value.detach()
             self._values[name] = value
         if self._training:
