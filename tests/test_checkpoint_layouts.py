@@ -70,7 +70,7 @@ def draw(random_: random.Random) -> Setup:
         return draw(random_)
     layers = tuple(b - a for a, b in zip([0, *cuts], [*cuts, CONFIG.num_layers], strict=True))
     zero = random_.choice([0, 1])
-    precision = random_.choice(["fp32", "bf16"] if zero else ["fp32", "bf16", "fp64"])
+    precision = random_.choice(["fp32", "bf16", "fp8"] if zero else ["fp32", "bf16", "fp8", "fp64"])
     moments = "fp32" if precision == "fp64" else random_.choice(["fp32", "bf16"])
     return Setup(world, pp, ep, name, layers, zero, precision, moments)
 
