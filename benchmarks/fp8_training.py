@@ -23,7 +23,8 @@ STEPS = 1000
 WINDOW = 200  # steps over which a loss is averaged
 COMMON = (
     "parallel.pp=1 schedule=one_f_one_b schedule.micro_batches=1 launch.threads=1 logger=none sample_tokens=0 "
-    "data.val_fraction=0.3 optim.lr=5e-4 optim.lr_final=5e-5 optim.warmup_steps=100 optim.moments=bf16 eval_every=250 eval_batches=8 save_every=1000"
+    "data.val_fraction=0.3 optim.lr=5e-4 optim.lr_final=5e-5 optim.warmup_steps=100 optim.moments=bf16 "
+    "eval_every=250 eval_batches=8 save_every=1000"
 )
 MODELS = {
     "tiny": "model=tiny data.micro_batch_size=4",
@@ -61,6 +62,7 @@ class Losses:
         return sum(self.train[end - WINDOW : end]) / WINDOW
 
 
-def run(model: str, variant: str) -> None:
-    words = f"{COMMON} {MODELS[model]} {VARIANTS[variant]} steps={STEPS} runs_dir={RUNS} run={model}-{variant}"
+def run(model: str, variant: str, seed: str = "0") -> None:
+    name = f"{model}-{variant}-{seed}"
+    words = f"{COMMON} {MODELS[model]} {VARIANTS[variant]} steps={STEPS} seed={seed} runs_dir={RUNS} run={name}"
     subprocess.run([sys.executable, "train.py", *words.split()], check=True)

@@ -1,4 +1,4 @@
-"""Training with precision=fp8: under a pipeline as serially, with ZeRO-1, over the wire; and what it keeps and sends."""
+"""Training with precision=fp8: under a pipeline as serially, with ZeRO-1, over the wire; what it keeps and sends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import parallel.dispatch
 from dualpipe.schedules import make_schedule
 from model.fp8.quantize import quantize_tiles
 from model.fp8.reference import ReferenceBackend
+from model.functional import make_kernels
 from model.names import named_tensors
 from model.precisions import make_precision
+from model.protocols import AtOnce
 from parallel.build import BuildOptions, Replica, build_replica
 from parallel.dispatch import RoutedDispatcher
 from parallel.expert_groups import create_expert_groups
@@ -145,15 +147,14 @@ def check_zero(rank: int, world: int) -> tuple[float, float]:
     """ZeRO-1 stores weights in BF16, ZeRO-0 in FP32: FP8 makes its own from BF16 in both. Masters stay FP32."""
     load_deepspeed(torch.device("cpu"))
     results, masters = [], []
-    for zero in (0, 1):
+    for zero in (0, 1):  # FP32 moments here: BF16 ones are rounded at random, differently for each share
         mesh = join(world, "dualpipe", 2, 1)
         replica = build(mesh, "dualpipe", 2)
-        update = make_update(replica, replace(OPTIM, zero=zero))
+        update = make_update(replica, replace(OPTIM, zero=zero, moments="fp32"))
         for step in range(3):
             mine = make_batch(step, MICRO_BATCHES * mesh.layout.dp)[mesh.dp :: mesh.layout.dp]
             result = train_step(replica, update, mine, OPTIM.lr, OPTIM.clip, 0.01)
             results.append(result.loss)
-        assert all(m.dtype == torch.bfloat16 for s in update.shards for m in s.moments.values())
         assert all(s.master.dtype == torch.float32 for s in update.shards)
         shares = [torch.linalg.vector_norm(s.owned(s.master), dtype=torch.float64) for s in update.shards]
         masters.append(torch.stack(shares).square().sum())
@@ -166,7 +167,7 @@ def check_zero(rank: int, world: int) -> tuple[float, float]:
 @pytest.mark.slow
 def test_zero_1_trains_as_zero_0_with_masters_in_fp32() -> None:
     for loss, masters in run_ranks(4, check_zero):
-        assert loss < 2e-4 and masters < 1e-4  # BF16 moments are rounded at random, differently for each share
+        assert loss < 1e-4 and masters < 1e-6, (loss, masters)
 
 
 def test_nan_is_caught_by_the_guard_and_its_layer_named() -> None:
@@ -208,27 +209,22 @@ def kept_bytes(weights: set[int]) -> Iterator[list[int]]:
 
 def test_inputs_of_linears_and_swiglus_are_kept_in_half_of_the_bytes() -> None:
     """The layers alone, of DeepSeek-V3's proportions: hidden size 7 tiles, experts 2."""
-    sizes = {}
+    sizes, kernels, now = {}, make_kernels(compiled=False), AtOnce()
     for name in ("bf16", "fp8"):
         seam, _ = make_precision(name)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(256, 896, generator=generator).bfloat16().requires_grad_()
         gate_up_weight = torch.nn.Parameter(torch.randn(512, 896, generator=generator))
         down_weight = torch.nn.Parameter(torch.randn(896, 256, generator=generator))
-        from model.functional import make_kernels
-        from model.protocols import AtOnce
-
         products = seam.of("mlp_gate_up")
-        products.linear(x, gate_up_weight, AtOnce())  # makes the copies of the weights
-        products.swiglu_linear(
-            products.linear(x, gate_up_weight, AtOnce()), None, down_weight, None, make_kernels(False), AtOnce()
-        )
+        gate_up = products.linear(x, gate_up_weight, now)  # this makes the copies of the weights
+        products.swiglu_linear(gate_up, None, down_weight, None, kernels, now)
         copies = getattr(seam, "_copies", {})
         weights = {t.untyped_storage().data_ptr() for t in (*copies.values(), gate_up_weight, down_weight)}
         with kept_bytes(weights) as linear:
-            gate_up = products.linear(x, gate_up_weight, AtOnce())
+            gate_up = products.linear(x, gate_up_weight, now)
         with kept_bytes(weights) as after_swiglu:
-            products.swiglu_linear(gate_up, None, down_weight, None, make_kernels(False), AtOnce())
+            products.swiglu_linear(gate_up, None, down_weight, None, kernels, now)
         sizes[name] = linear[0], after_swiglu[0]
     assert sizes["bf16"] == (256 * 896 * 2, 256 * (512 + 256) * 2)
     assert sizes["fp8"][0] <= 0.55 * sizes["bf16"][0]
