@@ -10,13 +10,14 @@ import torch
 
 from model.fp8.backends import make_backend
 from model.fp8.precision import Fp8Precision
+from model.fp8.transformer_engine import TransformerEnginePrecision
 from model.precision import CastPrecision, Precision
 
 
 @dataclass
 class PrecisionConfig:
     name: str = "fp32"
-    backend: str = "reference"  # of fp8: who quantises and multiplies (model/fp8/backends.py)
+    backend: str = "reference"  # of fp8: who quantises and multiplies (model/fp8/backends.py), or transformer_engine
     formats: dict[str, str] = field(default_factory=dict)  # of fp8: module → format (model/fp8/formats.py)
     gradient_blocks: bool = False  # of fp8: activation gradients in 128×128 blocks, the report's ablation
 
@@ -26,6 +27,10 @@ def _cast(dtype: torch.dtype) -> Callable[[PrecisionConfig], Precision]:
 
 
 def _fp8(config: PrecisionConfig) -> Precision:
+    if config.backend == "transformer_engine":  # has layers of its own, so it is no backend of ours
+        if config.gradient_blocks:
+            raise ValueError("precision.gradient_blocks=true needs precision.backend=reference")
+        return TransformerEnginePrecision(config.formats)
     return Fp8Precision(make_backend(config.backend), config.formats, config.gradient_blocks)
 
 

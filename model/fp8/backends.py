@@ -31,5 +31,7 @@ BACKENDS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
 def make_backend(name: str) -> Backend:
     """Raises ValueError for an unknown name, or for a backend that cannot run here, saying why."""
     if name not in BACKENDS:
-        raise ValueError(f"precision.backend={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"precision.backend={name!r} is unknown; choose one of {', '.join(BACKENDS)}, transformer_engine"
+        )
     return BACKENDS[name]()
