@@ -24,7 +24,7 @@ def test_every_call_fits_the_library() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_the_message_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"pip install -e '\.\[gpu\]'.*or use precision.backend=triton or reference"):
+    with pytest.raises(ValueError, match=r"--no-build-isolation -e '\.\[gpu\]'.*or use precision\.backend=triton"):
         make_precision(PrecisionConfig("fp8", backend="transformer_engine"))
 
 

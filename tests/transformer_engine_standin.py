@@ -32,16 +32,14 @@ class _Extension(ModuleType):
         return mock.MagicMock(name=name)
 
 
-def _enumeration(path: str, name: str, prefix: str = "") -> type[enum.IntEnum]:
-    """The compiled twin of one of TE's Python enumerations."""
+def _enumeration(path: str, name: str, prefix: str = "") -> Any:
+    """The compiled twin of one of TE's Python enumerations. Older versions have none and compare nothing."""
     package = Path(importlib.util.find_spec("transformer_engine").origin).parent
-    (node,) = (
-        n
-        for n in ast.parse((package / "pytorch" / path).read_text()).body
-        if isinstance(n, ast.ClassDef) and n.name == name
-    )
-    names = [n.targets[0].id for n in node.body if isinstance(n, ast.Assign)]
-    return enum.IntEnum(name, {prefix + member: i for i, member in enumerate(names)})
+    for node in ast.parse((package / "pytorch" / path).read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            members = [n.targets[0].id for n in node.body if isinstance(n, ast.Assign)]
+            return enum.IntEnum(name, {prefix + member: i for i, member in enumerate(members)})
+    return mock.MagicMock(name=name)
 
 
 def import_transformer_engine() -> ModuleType:
@@ -58,6 +56,7 @@ def import_transformer_engine() -> ModuleType:
 
     card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, name="H100")
     torch.version.cuda = "13.0"
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *name: None
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda *device: (9, 0)

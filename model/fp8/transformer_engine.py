@@ -210,8 +210,8 @@ def _load() -> tuple[ModuleType, Any]:
         from transformer_engine.common.recipe import Float8BlockScaling
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(
-            "precision.backend=transformer_engine needs NVIDIA's Transformer Engine: pip install -e '.[gpu]' on a "
-            f"machine with an NVIDIA GPU ({error}); {advice}"
+            "precision.backend=transformer_engine needs NVIDIA's Transformer Engine, and that an NVIDIA GPU: "
+            f"pip install --no-build-isolation -e '.[gpu]' ({error}); {advice}"
         ) from error
     found = version("transformer_engine")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
