@@ -26,11 +26,13 @@ COMMON = (
     "data.val_fraction=0.3 optim.lr=5e-4 optim.lr_final=5e-5 optim.warmup_steps=100 optim.moments=bf16 "
     "eval_every=250 eval_batches=8 save_every=1000"
 )
+LATER = "optim.lr=1e-4 optim.lr_final=1e-5 seed=10 init_from=runs/fp8_training"
 MODELS = {
     "tiny": "model=tiny data.micro_batch_size=4",
     "wider": "model=small model.num_layers=5 model.num_experts=8 model.num_groups=4 model.num_heads=4 "
     "model.dense_ffn_size=512 data.micro_batch_size=2",
 }
+MODELS |= {f"{name}_later": f"{words} {LATER}/{name}-bf16-0" for name, words in MODELS.items()}
 VARIANTS = {
     "bf16": "precision=bf16",
     "fp8": "precision=fp8",
@@ -64,5 +66,5 @@ class Losses:
 
 def run(model: str, variant: str, seed: str = "0") -> None:
     name = f"{model}-{variant}-{seed}"
-    words = f"{COMMON} {MODELS[model]} {VARIANTS[variant]} steps={STEPS} seed={seed} runs_dir={RUNS} run={name}"
+    words = f"{COMMON} seed={seed} {MODELS[model]} {VARIANTS[variant]} steps={STEPS} runs_dir={RUNS} run={name}"
     subprocess.run([sys.executable, "train.py", *words.split()], check=True)

@@ -1,11 +1,13 @@
 """`python -m model describe model=deepseek_v3_671b [model.num_layers=…] [seq=4096] [pp=16] [dp=128] [ep=64] …`
 
-Prints a model's parameters, FLOPs per token and memory per rank. Nothing is allocated.
+Prints a model's parameters, FLOPs per token and memory per rank. Nothing is allocated. With precision=fp8
+[precision.formats.MODULE=FORMAT] also which module computes in which format.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from model.describe import (
     rank_memory,
     training_flops,
 )
+from model.fp8.formats import describe_formats
+from model.fp8.precision import Fp8Precision
+from model.precisions import PrecisionConfig, make_precision
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
 
@@ -89,6 +94,20 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
+def describe_precision(words: Sequence[str]) -> str:
+    """The table of formats for `precision=` and `precision.*` among the words; nothing if there is no precision."""
+    chosen = [word.partition("=")[2] for word in words if word.startswith("precision=")]
+    if not chosen:
+        return ""
+    more = OmegaConf.from_dotlist([w.removeprefix("precision.") for w in words if w.startswith("precision.")])
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrecisionConfig(chosen[-1])), more))
+    assert isinstance(config, PrecisionConfig)
+    precision, masters = make_precision(config)
+    if not isinstance(precision, Fp8Precision):
+        return f"\n\nprecision={config.name}: every product in {precision.dtype}, masters in {masters}"
+    return f"\n\nprecision=fp8 by the {precision.backend.name} backend\n{describe_formats(precision.formats)}"
+
+
 def main(arguments: list[str]) -> int:
     usage = (__doc__ or "").splitlines()[0]
     if not arguments or arguments[0] != "describe":
@@ -105,12 +124,16 @@ def main(arguments: list[str]) -> int:
             elif key.startswith("model."):
                 overrides[key.removeprefix("model.")] = value
         settings.pop("model", None)
+        settings.pop("precision", None)
+        formats = describe_precision(arguments[1:])
         unknown = sorted(set(settings) - {f.name for f in fields(Layout)})
         if unknown:
-            raise ValueError(f"{unknown[0]}: unknown; known are model, model.*, seq, pp, dp, ep, mirrored, zero")
+            raise ValueError(
+                f"{unknown[0]}: unknown; known are model, model.*, precision, precision.*, seq, pp, dp, ep, mirrored, zero"
+            )
         layout = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Layout), settings))
         assert isinstance(layout, Layout)
-        print(describe(load_preset(name, overrides), seq_len, layout))
+        print(describe(load_preset(name, overrides), seq_len, layout), formats, sep="")
     except (ValueError, OmegaConfBaseException) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

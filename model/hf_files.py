@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.fp8.blocks import dequantise_blocks, quantise_blocks, scale_shape
+from model.fp8.quantize import TILE, Quantized, quantize_blocks, scale_shape
 from model.hf import Entry, entries, from_hf_config, to_hf_config
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -40,6 +40,12 @@ class FormatError(ValueError):
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def from_blocks(values: Tensor, scale_inv: Tensor) -> Tensor:
+    """A matrix that is stored in FP8 blocks of 128 × 128, in FP32. Raises ValueError for scales of another shape."""
+    weight = Quantized(values, scale_inv.float(), TILE).dequantize()
+    return weight.masked_fill_(values.view(torch.uint8) & 0x7F == 0x7F, float("nan"))  # a damaged file's NaN stays one
 
 
 class PublicCheckpoint:
@@ -99,7 +105,7 @@ class PublicCheckpoint:
         if scale not in self.files:
             raise FormatError(f"{self.folder}: {entry.name} is quantised, but {scale} is missing")
         with safe_open(self.folder / self.files[scale], "pt") as file:
-            return dequantise_blocks(value, file.get_tensor(scale))
+            return from_blocks(value, file.get_tensor(scale))
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name in sorted(set(self.files.values())):
@@ -192,7 +198,7 @@ def _shards(config: ModelConfig, variant: str, shard_bytes: int) -> list[list[_S
 def _slots(entry: Entry, variant: str) -> Iterator[_Slot]:
     if variant == "fp8" and entry.is_linear:
         yield _Slot(entry.name, entry, torch.float8_e4m3fn, entry.shape)
-        yield _Slot(entry.name + SCALE, entry, torch.float32, scale_shape(entry.shape))
+        yield _Slot(entry.name + SCALE, entry, torch.float32, scale_shape(entry.shape, TILE))
     else:
         dtype = torch.float32 if entry.ours.endswith("router.bias_E") else _DTYPES[variant][0]
         yield _Slot(entry.name, entry, dtype, entry.shape)
@@ -215,7 +221,8 @@ def _write_shard(path: Path, slots: Sequence[_Slot], source: Source) -> None:
         for slot in slots:
             value = tensors[slot.entry.ours].detach()[slot.entry.rows]
             if slot.dtype == torch.float8_e4m3fn:
-                value, scale = quantise_blocks(value)
+                blocks = quantize_blocks(value)
+                value, scale = blocks.values, blocks.scales
             elif scale is not None:  # a matrix's scales follow it
                 value, scale = scale, None
             file.write(value.to(device="cpu", dtype=slot.dtype).contiguous().view(torch.uint8).numpy().data)

@@ -19,7 +19,7 @@ from transformers.modeling_layers import MtpModel
 from benchmarks.peer import our_model, weights_of
 from model.batch import MicroBatch
 from model.config import ModelConfig
-from model.fp8.blocks import dequantise_blocks, quantise_blocks
+from model.fp8.quantize import quantize_blocks
 from model.hf import entries
 from model.hf_files import FormatError, PublicCheckpoint, write_checkpoint
 from model.names import named_routers
@@ -73,7 +73,7 @@ def test_fp8_round_trip(tmp_path: Path) -> None:
     for entry in entries(CONFIG):
         original, read = weights[entry.ours][entry.rows], back[entry.ours][entry.rows]
         if entry.is_linear:
-            assert torch.equal(read, dequantise_blocks(*quantise_blocks(original)))
+            assert torch.equal(read, quantize_blocks(original).dequantize())
             assert float((read - original).abs().max() / original.abs().max()) < 2**-4
         elif not entry.ours.endswith("bias_E"):
             assert torch.equal(read, original.bfloat16().float())
@@ -85,13 +85,14 @@ def test_fp8_round_trip(tmp_path: Path) -> None:
 def test_blocks_have_their_own_scales(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     weight[:1] *= 1000
-    quantised, scale = quantise_blocks(weight)
+    blocks = quantize_blocks(weight)
+    quantised, scale = blocks.values, blocks.scales
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
             block = (slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1)))
             assert scale[i, j] == weight[block].abs().max() / 448
             assert torch.equal(quantised[block].float(), (weight[block] / scale[i, j]).to(torch.float8_e4m3fn).float())
-    assert torch.equal(quantise_blocks(torch.zeros(shape))[0].float(), torch.zeros(shape))
+    assert torch.equal(quantize_blocks(torch.zeros(shape)).values.float(), torch.zeros(shape))
 
 
 def batch_of(tokens: list[list[int]]) -> MicroBatch:
