@@ -128,9 +128,8 @@ def main(arguments: list[str]) -> int:
         formats = describe_precision(arguments[1:])
         unknown = sorted(set(settings) - {f.name for f in fields(Layout)})
         if unknown:
-            raise ValueError(
-                f"{unknown[0]}: unknown; known are model, model.*, precision, precision.*, seq, pp, dp, ep, mirrored, zero"
-            )
+            known = "model, model.*, precision, precision.*, seq, pp, dp, ep, mirrored, zero"
+            raise ValueError(f"{unknown[0]}: unknown; known are {known}")
         layout = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Layout), settings))
         assert isinstance(layout, Layout)
         print(describe(load_preset(name, overrides), seq_len, layout), formats, sep="")
