@@ -26,7 +26,7 @@ from tests.test_config import compose
 from training.capacity import bytes_per_rank
 from training.config import Config
 from training.dry_run import Plan, make_plan
-from training.forecast import errors, most_even, warnings
+from training.forecast import errors, warnings
 
 DEEPSEEK = (
     "model=deepseek_v3_671b parallel.pp=16 parallel.ep=64 precision=bf16 schedule.micro_batches=120 data.seq_len=4096 "
@@ -72,7 +72,12 @@ def test_what_is_wrong(deepseek: Plan) -> None:
     assert "has launch.device_gib=80; most of it are activations" in error
     roomy = replace(deepseek, config=compose(f"{DEEPSEEK} launch.device_gib=200"))
     assert errors(roomy) == []
-    assert any("parallel.layers_per_stage=[4,4," in line for line in warnings(deepseek))
+    (better,) = (line for line in warnings(deepseek) if "parallel.layers_per_stage=" in line)
+    sizes = better.partition("layers_per_stage=")[2].split()[0]
+    bubble = int(better.rpartition(" ")[2].rstrip("%"))
+    assert bubble < 20 < 100 * deepseek.timeline.bubble
+    moved = make_plan(compose(f"{DEEPSEEK} parallel.layers_per_stage={sizes}"), 2048)
+    assert round(100 * moved.timeline.bubble) == bubble
     experts = "model.num_experts=18 model.num_groups=2 parallel.ep=18 parallel.order=ep_across_nodes"
     slow = make_plan(compose(f"parallel.pp=2 {experts}"), 36)
     assert [line.split(";")[0].split(":")[0] for line in warnings(slow)] == [
@@ -162,12 +167,6 @@ def test_where_tokens_go() -> None:
     assert spread.ranks == 4.0
     assert 1.0 < spread.nodes <= 2.0
     assert spread_of(config, 1, 1) == Spread(1.0, 1.0)
-
-
-def test_the_most_even_split() -> None:
-    assert most_even([1, 1, 1, 1, 1, 1], 3, 0) == [2, 2, 2]
-    assert most_even([1, 1, 1, 1, 1, 1], 3, 2.0) == [2, 3, 1]
-    assert sum(most_even([3, 1, 1, 1, 1, 1, 1], 3, 1)) == 7
 
 
 def test_the_bubble_is_the_simulator_s() -> None:

@@ -17,6 +17,8 @@ from model.loss import LossConfig
 from model.precisions import PrecisionConfig
 from training.guard import GuardConfig
 from training.optimizer import OptimConfig, with_moments
+from training.optimizer import OptimConfig
+from training.profile import ProfileConfig
 from training.recipe import Piece, RecipeConfig
 
 
@@ -95,6 +97,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     dry_run: bool = False  # build on paper, say what it would need and what is wrong, and end
     run: str = "default"  # name of the run: its folder is runs/<run>
     runs_dir: str = "runs"
@@ -123,6 +126,7 @@ _GROUPS = {
     "balance": BalanceConfig,
     "logger": LoggerConfig,
     "launch": LaunchConfig,
+    "profile": ProfileConfig,
 }
 
 

@@ -6,15 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import inf
 from statistics import fmean as mean
 
 from dualpipe.schedules import make_schedule
 from dualpipe.simulator import simulate
+from dualpipe.split import ModelWork, Work
 from dualpipe.table import format_table
 from model.describe import count_parameters, training_flops
 from parallel.rank_table import crossing, numbers, rank_table
+from parallel.rehearsal import Rehearsal
 from training.config import Config
 from training.dry_run import Plan, RankPlan, costs_of, make_plan
 from training.outcome import BAD_CONFIG, DONE
@@ -190,43 +190,38 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def balanced(plan: Plan) -> str | None:
-    """The most even split of the layers, if it is better than the present one and can be told from its stages."""
-    stages = {n: (f, *plan.layers[n]) for n, f in enumerate(stage_flops(plan))}  # operations, dense and MoE layers
-    middle = [s for n, s in stages.items() if 0 < n < len(stages) - 1 and not s[1] and s[2]]
-    if not middle:
+    """A more even split of the layers, with its bubble; None if there is none or its work cannot be told apart."""
+    work = _model_work(plan)
+    if work is None:
         return None
-    moe = middle[0][0] / middle[0][2]
-    with_dense = next((s for s in stages.values() if s[1]), None)
-    dense = moe if with_dense is None else (with_dense[0] - with_dense[2] * moe) / with_dense[1]
+    sizes = work.balanced(plan.schedule.num_stages, len(plan.schedule.stages_of(0)) > 1)
+    bubble = simulate(plan.schedule, work.stages(sizes)).bubble
+    if bubble > 0.9 * plan.timeline.bubble:
+        return None
+    return f"parallel.layers_per_stage={str(list(sizes)).replace(' ', '')} would make the bubble {bubble:.0%}"
+
+
+def _model_work(plan: Plan) -> ModelWork | None:
+    """What a dense and a MoE layer compute, and the last stage besides, from stages with different numbers of them."""
     model = plan.config.model
-    costs = [dense if layer < model.num_dense_layers else moe for layer in range(model.num_layers)]
-    last = stages[len(stages) - 1]
-    own = last[2] - model.mtp_depth  # of the last stage's MoE layers, those that could be elsewhere
-    extra = last[0] - own * moe - last[1] * dense
-    sizes = most_even(costs, len(stages), extra)
-    sums = [sum(costs[sum(sizes[:n]) : sum(sizes[: n + 1])]) for n in range(len(sizes))]
-    sums[-1] += extra
-    if max(sums) > 0.97 * max(s[0] for s in stages.values()):
+    stages = [(_work_of(plan.rehearsals[n]), *plan.layers[n]) for n in sorted(plan.layers)]
+    moe = next((_scaled(work, 1 / count) for work, none, count in stages[1:-1] if not none and count), None)
+    if moe is None:
         return None
-    return f"parallel.layers_per_stage={str(sizes).replace(' ', '')} would make it {max(sums) / mean(sums):.2f}"
+    work, number, others = stages[0]
+    dense = _scaled(work + _scaled(moe, -others), 1 / number) if number else moe
+    work, number, others = stages[-1]
+    last = work + _scaled(dense, -number) + _scaled(moe, -(others - model.mtp_depth))
+    layers = (dense,) * model.num_dense_layers + (moe,) * model.num_moe_layers
+    return ModelWork(layers, last=last)
 
 
-def most_even(costs: Sequence[float], stages: int, extra: float) -> list[int]:
-    """Cut `costs` into that many runs, none empty, so that the largest sum is least; the last one bears `extra` too."""
-    best = [[0.0] * (len(costs) + 1) for _ in range(stages + 1)]  # [runs][layers]: the largest sum
-    cut = [[0] * (len(costs) + 1) for _ in range(stages + 1)]
-    starts = [0.0, *accumulate(costs)]
-    best[0] = [0.0] + [inf] * len(costs)
-    for runs in range(1, stages + 1):
-        more = extra if runs == stages else 0.0
-        for end in range(len(costs) + 1):
-            options = ((max(best[runs - 1][c], starts[end] - starts[c] + more), c) for c in range(end))
-            best[runs][end], cut[runs][end] = min(options, default=(inf, 0))
-    sizes, end = [], len(costs)
-    for runs in range(stages, 0, -1):
-        sizes.append(end - cut[runs][end])
-        end = cut[runs][end]
-    return sizes[::-1]
+def _work_of(rehearsal: Rehearsal) -> Work:
+    return Work(rehearsal.forward.flops, rehearsal.inputs.flops, rehearsal.weights.flops)
+
+
+def _scaled(work: Work, factor: float) -> Work:
+    return Work(work.forward * factor, work.inputs * factor, work.weights * factor)
 
 
 def stage_flops(plan: Plan) -> Sequence[float]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from model.balance import Counts
 from model.batch import MicroBatch
@@ -74,15 +75,19 @@ def train_step(
     scales = loss_scales(micro_batches, replica.config.mtp_depth, loss_config or LossConfig(), mesh)
     update.zero_gradients()
     watch = Stopwatch()
-    losses = replica.pipeline.step([replace(mb, **scales.fields) for mb in micro_batches], update.stage_done)
+    batch = [replace(mb, **scales.fields) for mb in micro_batches]
+    with record_function("pipeline"):  # these ranges are for profile=on
+        losses = replica.pipeline.step(batch, update.stage_done)
     watch.lap("pipeline")
-    update.finish_reduction()
+    with record_function("reduce"):
+        update.finish_reduction()
     norm = update.gradient_norm()
     loss, *others = global_terms(losses, scales, mesh)
     watch.lap("reduce")
     skipped = not (math.isfinite(loss) and math.isfinite(norm) and norm <= norm_limit)
     if not skipped:
-        update.step(lr, clip / norm if 0 < clip < norm else 1.0)
+        with record_function("update"):
+            update.step(lr, clip / norm if 0 < clip < norm else 1.0)
         replica.precision.refresh()
     counts = take_counts(replica.stages, mesh)
     if not skipped:

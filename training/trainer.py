@@ -42,6 +42,7 @@ from training.initial import find_weights, load_initial
 from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
+from training.profile import StepProfiler
 from training.recipe import batch_at, factor_at, value_at
 from training.resume import find_resume_point
 from training.run_dir import check_writable
@@ -161,6 +162,7 @@ class Trainer:
         self.replicas = {job.config.schedule.micro_batches: self.replica}  # by micro-batches per step
         self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
         self.writer = CheckpointWriter(job.checkpoints, mesh, job.config.keep_last, job.config.keep_every)
+        self.profiler = StepProfiler(job.config.profile, mesh, job.run_dir / "profile", job.device)
         self.logger, self.wandb = CompositeLogger([]), None
         if mesh.rank == 0:
             self.logger, self.wandb = make_logger(
@@ -206,6 +208,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of everything that must be gone before the process group."""
+        self.profiler.close()
         self.writer.close()
         if self.average is not None:
             self.average.close()
@@ -222,7 +225,8 @@ class Trainer:
         lr = learning_rate(config.optim, self.step, config.steps) if lr is None else lr
         loss = replace(config.loss, mtp_weight=config.loss.mtp_weight * factor_at(config.recipe.mtp_weight, clock))
         clip, gamma, replica = config.optim.clip, bias_rate(config.balance, clock), self._replica(plan)
-        result = train_step(replica, self.update, batch, lr, clip, gamma, loss, self.guard.limit)
+        with self.profiler.step(replica, self.update):
+            result = train_step(replica, self.update, batch, lr, clip, gamma, loss, self.guard.limit)
         if self.average is not None and not result.skipped:
             self.average.start()
         self.step += 1

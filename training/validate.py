@@ -40,6 +40,7 @@ def validate(config: Config, world: int, here: bool = True) -> tuple[Layout, Sch
     config.optim.check()
     config.loss.check()
     config.guard.check()
+    config.profile.check(world)
     _check_numbers(config)
     _check_choices(config)
     if here:
