@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -199,15 +200,29 @@ def missing(folder: Path) -> Outcome:
     return damaged(folder, "missing", "shard missing", Path.unlink)
 
 
-def nan(folder: Path) -> Outcome:
-    run_dir = folder / "nan"
+def poisoned(folder: Path, when: str) -> Outcome:
+    """A number of rank 1's gradient is NaN in step 10; seconds are those of steps: it is noticed at a step's end."""
+    run_dir = folder / f"nan_{when}"
     command = [*TORCHRUN, "-m", "benchmarks.poisoned_train"]
-    with Job(folder, "nan", LOOP, command, {"POISON_STEP": "10"}) as job:
+    with Job(folder, run_dir.name, LOOP, command, {"POISON_STEP": "10", "POISON": when}) as job:
         job.finish()
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    skipped = [row["step"] for row in rows if row.get("train/skipped")]
-    said = f"metrics: train/skipped = 1 in step {skipped}, train/grad_norm nan"
-    return Outcome("NaN in one rank's gradient", 0.0, 0.0, len(skipped), f"exit code {job.torchrun.returncode}", said)
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    rows = {row["step"]: row for row in lines if "train/loss" in row}
+    skipped = [step for step, row in rows.items() if row.get("train/skipped")]
+    bad = [step for step, row in rows.items() if not math.isfinite(float(row.get("train/loss", 0)))]
+    seconds = [sum(v for k, v in rows[step].items() if k.startswith("seconds/")) for step in (10, 11)]
+    noticed = seconds[0] if skipped[:1] == [10] else None
+    said = f"metrics: train/skipped = 1 in step {skipped}, train/grad_norm {rows[10]['train/grad_norm']}"
+    ends = f"exit code {job.torchrun.returncode}, loss {'not finite' if bad else 'finite'} in all steps"
+    return Outcome(f"NaN in one rank's gradient, {when} the sum", noticed, sum(seconds), len(skipped), ends, said)
+
+
+def nan(folder: Path) -> Outcome:
+    return poisoned(folder, "before")
+
+
+def nan_after(folder: Path) -> Outcome:
+    return poisoned(folder, "after")
 
 
 def slow(folder: Path) -> Outcome:
@@ -230,7 +245,7 @@ def slow(folder: Path) -> Outcome:
 
 FAULTS: dict[str, Callable[[Path], Outcome]] = {
     "sigkill": sigkill, "node": node, "sigstop": sigstop, "sigterm": sigterm, "full_disk": full_disk,
-    "flipped": flipped, "truncated": truncated, "missing": missing, "nan": nan, "slow": slow,
+    "flipped": flipped, "truncated": truncated, "missing": missing, "nan": nan, "nan_after": nan_after, "slow": slow,
 }  # fmt: skip
 NEED_ROOT = ("node", "full_disk")
 

@@ -1,4 +1,7 @@
-"""train.py with a fault: in its step number POISON_STEP a gradient on rank 1 is NaN (for benchmarks/faults.py)."""
+"""train.py with a fault: in its step number POISON_STEP a gradient on rank 1 is NaN (for benchmarks/faults.py).
+
+POISON=before: before it is summed over the copies; after: in the sum, in a part whose norm another rank measures.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,22 @@ steps = count(1)
 def poisoned_step(replica: Replica, update: Update, *rest: Any) -> StepResult:
     if next(steps) != int(os.environ["POISON_STEP"]) or os.environ["RANK"] != "1":
         return train_step(replica, update, *rest)
-    honest = update.stage_done
+    name = "stage_done" if os.environ["POISON"] == "before" else "finish_reduction"
+    honest = getattr(update, name)
 
     def poison(*stage: Any) -> None:
+        if not stage:
+            honest()
         for bucket in replica.buckets:
             bucket.grads[0] = math.nan
-        honest(*stage)
+        if stage:
+            honest(*stage)
 
-    update.stage_done = poison  # type: ignore[method-assign]
+    setattr(update, name, poison)
     try:
         return train_step(replica, update, *rest)
     finally:
-        update.stage_done = honest  # type: ignore[method-assign]
+        setattr(update, name, honest)
 
 
 trainer.train_step = poisoned_step  # type: ignore[assignment]

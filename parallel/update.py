@@ -13,6 +13,7 @@ are summed and never averaged.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -117,10 +118,17 @@ class Update(ABC):
             self._works[index] = self._reduce(self.buckets[index])
 
     def gradient_norm(self) -> float:
-        """Each rank measures its own shares, so every element counts once, in FP64."""
+        """Each rank measures its own shares, so every element counts once, in FP64.
+
+        It is NaN if anything that any rank's optimizer will read is not finite. Copies should be alike; if one has gone
+        wrong after the sum, in a part that another rank measures, this is where it is noticed before it is used.
+        """
         square = torch.zeros((), dtype=torch.float64, device=self.buckets[0].grads.device)
         for bucket in self.buckets:
             square += torch.linalg.vector_norm(bucket.grads[bucket.share], dtype=torch.float64).square()
+            if (used := self._used(bucket)) != bucket.share:
+                largest = torch.linalg.vector_norm(bucket.grads[used], ord=math.inf)
+                square += largest.double() * 0.0  # zero, or NaN for infinity and NaN
         if self.mesh.layout.world > 1:
             dist.all_reduce(square)
         return float(square.sqrt())

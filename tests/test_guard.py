@@ -96,6 +96,35 @@ def test_nan_on_one_rank_is_skipped_everywhere_and_its_layer_is_named() -> None:
     assert found[0][2] == found[1][2], "all ranks say the same"
 
 
+def poison_a_copy(rank: int, world: int, values: list[float]) -> list[tuple[bool, bool, bool]]:
+    """After the sum, in the part of a bucket that the other rank measures: is the step skipped, are weights kept?"""
+    layout, schedule = Layout(world, 2, 1), make_schedule("dualpipe", 2, 4)
+    mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60))
+    options = BuildOptions(seed=1, timeout=timedelta(seconds=60))
+    replica = build_replica(CONFIG, schedule, mesh, CastPrecision(torch.float32), options)
+    update = make_update(replica, OPTIM)
+    reduce, found = update.finish_reduction, []
+    for value in values:
+
+        def poisoned(value: float = value) -> None:
+            reduce()
+            if rank == 1:
+                replica.buckets[2].grads[1] = value  # rank 0 owns the first half
+
+        update.finish_reduction = poisoned  # type: ignore[method-assign]
+        before = {n: p.detach().clone() for s in replica.stages.values() for n, p in s.named_parameters()}
+        result = train_step(replica, update, make_batch(0, 4), 1e-3, 0.5, 0.01)
+        same = all(torch.equal(p, before[n]) for s in replica.stages.values() for n, p in s.named_parameters())
+        found.append((result.skipped, same, math.isnan(result.grad_norm)))
+    return found
+
+
+@pytest.mark.slow
+def test_one_copy_that_goes_wrong_after_the_sum_is_noticed_in_the_same_step() -> None:
+    bad, good = (True, True, True), (False, False, False)
+    assert run_ranks(2, poison_a_copy, [math.nan, 0.0, math.inf, -math.inf]) == [[bad, good, bad, bad]] * 2
+
+
 def trainer(folder: Path, overrides: str, bad: set[int]) -> Trainer:
     """A run in this process whose gradient is NaN whenever it trains on samples from one of the `bad` places on."""
     places = f"runs_dir={folder}/runs data.path={folder}/text data.cache_dir={folder}/cache"

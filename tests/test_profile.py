@@ -35,7 +35,7 @@ def test_one_file_of_all_ranks_and_the_pipeline(tmp_path: Path) -> None:
         assert f"rank {rank}: pipeline" in names.values()
         (timeline,) = (n for n, name in names.items() if name == f"rank {rank}: pipeline")
         (python,) = {
-            e["pid"] for e in events if e["name"] == "aten::mm" and names[e["pid"]].startswith(f"rank {rank}: ")
+            e["pid"] for e in events if e["name"] == "pipeline" and names[e["pid"]].startswith(f"rank {rank}: ")
         }
         ranges = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["pid"] == python and e["name"] == "pipeline")
         assert len(ranges) == 2
@@ -44,9 +44,9 @@ def test_one_file_of_all_ranks_and_the_pipeline(tmp_path: Path) -> None:
         for begin, end in ranges:
             inside = [e for e in steps if begin - 1 <= e["ts"] and e["ts"] + e["dur"] <= end + 1]
             assert sorted(e["name"] for e in inside) == row
-        work = [e for e in events if e["pid"] == python and e["name"] == "aten::mm"]
+        work = [e for e in events if e["pid"] == python and e["name"] == "mkldnn::_linear_pointwise"]
         covered = [e for e in work if any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps)]
-        assert len(covered) > 0.5 * len(work), "the clocks agree: most products are inside steps of the schedule"
+        assert len(covered) > 0.9 * len(work) > 0, "the clocks agree: most products are inside steps of the schedule"
 
 
 @pytest.mark.slow
