@@ -17,7 +17,6 @@ from model.loss import LossConfig
 from model.precisions import PrecisionConfig
 from training.guard import GuardConfig
 from training.optimizer import OptimConfig, with_moments
-from training.optimizer import OptimConfig
 from training.profile import ProfileConfig
 from training.recipe import Piece, RecipeConfig
 
