@@ -36,11 +36,11 @@ class MTPModule(nn.Module):
         self, out: SegmentWriter, hidden: str, tokens_BS: Tensor, embedding: Embedding, context: AttentionContext
     ) -> Residual:
         """Append the module's segments up to its layer; `hidden` names the hidden state that it starts from."""
-
-        def merge(hidden_BSD: Tensor) -> Tensor:
-            embedded_BSD = self.embedding_norm(embedding(tokens_BS))
-            return self.projection(torch.cat((embedded_BSD, self.hidden_norm(hidden_BSD)), dim=-1))
-
         merged = f"{self.label}.merged"
-        out.compute(f"{self.label}.merge", (hidden,), (merged,), merge)
+        out.compute(f"{self.label}.merge", (hidden,), (merged,), lambda h: self.merge(h, tokens_BS, embedding))
         return self.layer.write(out, (merged,), context)
+
+    def merge(self, hidden: Tensor, tokens: Tensor, embedding: Embedding) -> Tensor:
+        """What the layer sees of hidden states [..., D] and tokens [...]: [..., D]."""
+        embedded = self.embedding_norm(embedding(tokens))
+        return self.projection(torch.cat((embedded, self.hidden_norm(hidden)), dim=-1))

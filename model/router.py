@@ -65,14 +65,18 @@ class Router(nn.Module):
     def weigh(self, scores_TE: Tensor, experts_TK: Tensor, sequences: int = 1, loss_scale: float = 0.0) -> Routing:
         """The rest: gates, balance losses and counts. It runs under dispatch's exchange of sizes."""
         c = self.config
-        chosen_TK = scores_TE.gather(1, experts_TK)
-        gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * c.route_scale
+        gates_TK = self.gates(scores_TE, experts_TK)
         pulled_TE = scores_TE if self.balance.has_loss else scores_TE.detach()
         share_TE = pulled_TE / (pulled_TE.sum(-1, keepdim=True) + 1e-20)
         loss = routing_loss(self.balance, share_TE, experts_TK, sequences, loss_scale)
         if loss.requires_grad:
             gates_TK = with_gradient_of(loss, gates_TK)
         return Routing(gates_TK, experts_TK, count(experts_TK, share_TE, c.num_groups, loss))
+
+    def gates(self, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """[T, K]: the weights of the chosen experts."""
+        chosen_TK = scores_TE.gather(1, experts_TK)
+        return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self.config.route_scale
 
     def record(self, counts_C: Tensor) -> None:
         """Add the counts of one micro-batch."""

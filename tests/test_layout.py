@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = frozenset({"dualpipe", "model", "parallel", "training"})
+OURS = frozenset({"dualpipe", "model", "parallel", "training", "serving"})
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "dualpipe": frozenset(),
     "model": frozenset(),
     "parallel": frozenset({"dualpipe", "model"}),
     "training": frozenset({"dualpipe", "model", "parallel"}),
+    "serving": frozenset({"model", "parallel"}),
     "train.py": frozenset({"training"}),
 }
 ENGINE_MAY_IMPORT = sys.stdlib_module_names | {"torch"}
@@ -68,6 +69,8 @@ def test_imports_go_one_way(package: str) -> None:
         ("from dualpipe.schedule import Kind\nfrom . import mesh", "parallel", set()),
         ("import dualpipe, parallel", "train.py", {"dualpipe", "parallel"}),
         ("from tests.oracle import Oracle", "training", {"tests"}),
+        ("from serving.engine import Engine", "training", {"serving"}),
+        ("from training.checkpoint import load", "serving", {"training"}),
         ("import torch, os, dualpipe.stage", "dualpipe", set()),
     ],
 )

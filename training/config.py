@@ -60,6 +60,7 @@ class BalanceConfig:
 @dataclass
 class EvalConfig:
     ema: bool = False  # validate with the moving average of the weights (optim.ema) instead of the weights
+    sample_tokens: int = 0  # length of a text sample at every evaluation, from the weights that it validates; 0 = none
 
 
 @dataclass

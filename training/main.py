@@ -23,7 +23,6 @@ from training.curve import draw_curve
 from training.guard import Diverged
 from training.outcome import BAD_CONFIG, FAILED, STOPPED, end_on_purpose, launched_by_script
 from training.run_logging import show_plan
-from training.sample import sample_text
 from training.stop import RunStopped, Stop, StopRequest, ignore_signals, stop_on_signals
 from training.trainer import Job, Trainer, join_process_group, prepare
 
@@ -86,8 +85,9 @@ def _train(job: Job, trainer: Trainer) -> int:
             trainer.logger.close()
             print(f"error: {diverged}", file=sys.stderr, flush=True)
         return end_on_purpose(FAILED)
+    sample = trainer.sample(job.config.sample_tokens)
     if trainer.mesh.rank == 0:
-        _report(job, trainer, val_loss)
+        _report(job, trainer, val_loss, sample)
     return 0
 
 
@@ -102,7 +102,7 @@ def _announce_ranks(job: Job) -> str:
     return table
 
 
-def _report(job: Job, trainer: Trainer, val_loss: float) -> None:
+def _report(job: Job, trainer: Trainer, val_loss: float, sample: str) -> None:
     """What a user wants to know at the end, and the command to go on."""
     config = job.config
     path = checkpoint_path(job.checkpoints, trainer.step)
@@ -111,10 +111,8 @@ def _report(job: Job, trainer: Trainer, val_loss: float) -> None:
         metrics, picture, f"{config.run}: {config.schedule.name}, PP {config.parallel.pp}, EP {config.parallel.ep}"
     )
     trainer.logger.image(trainer.step, "curve", picture)
-    if config.sample_tokens:
-        trainer.logger.text(
-            trainer.step, "sample", sample_text(path, "import ", config.sample_tokens, seed=config.seed)
-        )
+    if sample:
+        trainer.logger.text(trainer.step, "sample", sample)
     if trainer.wandb is not None:
         trainer.wandb.checkpoint(config.run, path)
     trainer.logger.close()

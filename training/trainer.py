@@ -23,6 +23,7 @@ from dualpipe.schedule import Schedule
 from model.balance import Balance
 from model.batch import MicroBatch
 from model.precisions import make_precision
+from model.sampling import Sampling
 from parallel.build import BuildOptions, Replica, build_replica, with_micro_batches
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
@@ -39,6 +40,7 @@ from training.diagnose import find_culprit
 from training.ema import WeightAverage
 from training.guard import Diverged, Guard
 from training.initial import find_weights, load_initial
+from training.live_sample import sample_live
 from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
@@ -50,6 +52,8 @@ from training.run_logging import make_logger
 from training.step import StepResult, evaluate, train_step
 from training.stop import RunStopped, StopRequest
 from training.validate import nodes_of, resolve_device, validate
+
+SAMPLE_PROMPT = "import "
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,15 @@ class Trainer:
         self.writer.wait()
         return val_loss
 
+    def sample(self, count: int) -> str:
+        """A text of so many tokens from the weights as they are ("" for none); collective."""
+        if not count:
+            return ""
+        tokenizer, config = self.job.corpus.tokenizer, self.job.config
+        sampling = Sampling(temperature=0.7, seed=config.seed)
+        tokens = sample_live(self.replica, tokenizer.encode(SAMPLE_PROMPT), count, config.data.seq_len, sampling)
+        return SAMPLE_PROMPT + tokenizer.decode(tokens)
+
     def _look_after_checkpoint(self) -> None:
         """Ranks may notice at different steps that a checkpoint has failed; so they agree on the end."""
         try:
@@ -300,6 +313,8 @@ class Trainer:
         self.logger.log(self.step, {"val/loss": loss, **balance})
         for name, table in tables.items():
             self.logger.table(self.step, name, table)
+        if sample := self.sample(self.job.config.eval.sample_tokens):
+            self.logger.text(self.step, "sample", sample)
         return loss
 
     def _save(self) -> int:

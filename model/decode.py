@@ -1,0 +1,240 @@
+"""The forward of generation: some new tokens of several sequences, whose earlier tokens are in a latent cache.
+
+Every product with a weight takes all new tokens of the batch at once, whatever sequence they belong to; only attention
+looks at sequences. It is computed in one of two forms, which differ in rounding alone:
+
+    absorbed    q · W_k goes into the latent space, attention works on the cached latents, W_v brings its result back.
+                Nothing is made per earlier token; each pair of tokens costs 2·key_value_rank + rope_dim per head.
+    expanded    keys and values of all heads are made from the latents as in training. A pair of tokens costs less,
+                head_dim + rope_dim + value_dim, so this is the form for long stretches of new tokens.
+
+Shapes: T new tokens of all sequences, D hidden size; in a group of B sequences with n new tokens each: L tokens with
+the earlier ones, H heads; C = key_value_rank + rope_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.attention import LatentAttention
+from model.config import ModelConfig
+from model.latent_cache import LatentCache
+from model.layer import Layer, add
+from model.mtp import MTPModule
+from model.rope import rotate_, rotation
+from model.stage import ModelStage
+
+ROWS = 256  # queries of the expanded form whose scores exist at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of one sequence. slots: where its tokens live in the cache, earlier ones first, then these."""
+
+    tokens: Sequence[int]
+    slots: Tensor
+
+    @property
+    def past(self) -> int:
+        return len(self.slots) - len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences with the same number n of new tokens and about the same length, for one attention product.
+
+    rows_R     which of the T rows they are, sequence by sequence; R = B·n
+    slots_BL   of all their tokens, short ones filled up with slot 0
+    hidden_BnL which of these a new token may not see: later ones, and what is filled up
+    """
+
+    rows_R: Tensor
+    slots_BL: Tensor
+    hidden_BnL: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """tokens_T and where their latents go, their rotary angles, the groups for attention, each piece's last row."""
+
+    tokens_T: Tensor
+    slots_T: Tensor
+    cos: Tensor
+    sin: Tensor
+    groups: tuple[Group, ...]
+    ends: tuple[int, ...]
+
+    @staticmethod
+    def of(pieces: Sequence[Piece], config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> DecodeBatch:
+        """Lay the pieces end to end. dtype: of the rotary angles, FP32 or better."""
+        tokens = [token for piece in pieces for token in piece.tokens]
+        positions = torch.cat([torch.arange(p.past, len(p.slots)) for p in pieces]).to(device)
+        slots = torch.cat([p.slots[p.past :] for p in pieces]).to(device)
+        cos, sin = rotation(positions, config, dtype)
+        ends, total = [], 0
+        starts = []
+        for piece in pieces:
+            starts.append(total)
+            total += len(piece.tokens)
+            ends.append(total - 1)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, piece in enumerate(pieces):
+            alike.setdefault((len(piece.tokens), len(piece.slots).bit_length()), []).append(i)
+        groups = tuple(_group([pieces[i] for i in members], [starts[i] for i in members], device)
+                       for members in alike.values())  # fmt: skip
+        return DecodeBatch(torch.tensor(tokens, device=device), slots, cos, sin, groups, tuple(ends))
+
+
+def _group(pieces: Sequence[Piece], starts: Sequence[int], device: torch.device | str) -> Group:
+    n, length = len(pieces[0].tokens), max(len(p.slots) for p in pieces)
+    rows = torch.tensor(starts).unsqueeze(1) + torch.arange(n)
+    past_B1 = torch.tensor([[p.past] for p in pieces])
+    slots = torch.nn.utils.rnn.pad_sequence([p.slots for p in pieces], batch_first=True)
+    newest_Bn = past_B1 + torch.arange(n)
+    hidden = torch.arange(length) > newest_Bn.unsqueeze(-1)
+    return Group(rows.flatten().to(device), slots.to(device), hidden.to(device))
+
+
+class Decoder:
+    """A stage (a slice of the model, or all of it) that continues sequences, and its cache.
+
+    It uses the weights of the stage as they are. Only for a precision whose activations are narrower than parameters
+    does it keep copies, of the key-value up-projections. Make a new one when weights have changed.
+    """
+
+    def __init__(self, stage: ModelStage, slots: int, drafts: bool = False) -> None:
+        """slots: tokens that the cache can hold. drafts: also keep what the first MTP module reads."""
+        self.stage, self.config = stage, stage.config
+        self.dtype = stage.tools.precision.dtype
+        self.device = torch.device(stage.tools.device)
+        self.layers: list[Layer] = [layer for layer in stage.layers.values() if isinstance(layer, Layer)]
+        self.module: MTPModule | None = None
+        if drafts:
+            module = stage.mtp["1"] if stage.shape.is_last and self.config.mtp_depth else None
+            if not isinstance(module, MTPModule):
+                raise ValueError("drafts need a model with an MTP module (model.mtp_depth=1 or more in training)")
+            self.module = module
+        attending = [*self.layers, *([self.module.layer] if self.module else [])]
+        self.cache = LatentCache(self.config, [layer.label for layer in attending], slots, self.dtype, self.device)
+        self.absorbed = {layer.label: _up_projections(layer.attention, self.dtype) for layer in attending}
+
+    def batch(self, pieces: Sequence[Piece]) -> DecodeBatch:
+        return DecodeBatch.of(pieces, self.config, torch.promote_types(self.dtype, torch.float32), self.device)
+
+    @torch.no_grad()
+    def forward(self, batch: DecodeBatch, hidden_TD: Tensor | None = None) -> Tensor:
+        """[T, D]: what the last layer gives for the new tokens; on the last stage after the final norm.
+
+        hidden_TD   what the stage before gave; the first stage embeds the tokens instead
+        """
+        h_TD = self.stage.embedding(batch.tokens_T) if hidden_TD is None else hidden_TD
+        for layer in self.layers:
+            h_TD = self._layer(layer, h_TD, batch)
+        return self.stage.norm(h_TD) if self.stage.shape.is_last else h_TD
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows [R, D] after the final norm → [R, V]."""
+        return self.stage.head(hidden)
+
+    @torch.no_grad()
+    def draft(self, batch: DecodeBatch, hidden_TD: Tensor) -> Tensor:
+        """The MTP module's hidden states [T, D] (for `logits`), which foretell the token after the given one.
+
+        Row by row it sees the main model's hidden state at a position, and the token that follows: batch.tokens_T.
+        """
+        assert self.module is not None
+        merged_TD = self.module.merge(hidden_TD, batch.tokens_T, self.stage.embedding)
+        return self.module.norm(self._layer(self.module.layer, merged_TD, batch))
+
+    def _layer(self, layer: Layer, h_TD: Tensor, batch: DecodeBatch) -> Tensor:
+        h_TD = h_TD + self._attend(layer, layer.attention_norm(h_TD), batch)
+        x_TD = layer.mlp_norm(h_TD)
+        return add(h_TD, *(_experts(layer, x_TD) if layer.is_moe else (layer.mlp(x_TD),)))
+
+    def _attend(self, layer: Layer, x_TD: Tensor, batch: DecodeBatch) -> Tensor:
+        c, attention = self.config, layer.attention
+        H, N, R = c.num_heads, c.head_dim, c.rope_dim
+        latent_q = attention.query_norm(attention.query_down(x_TD)) if c.query_rank else x_TD
+        high = torch.promote_types(self.dtype, torch.float32) if x_TD.device.type == "cpu" else self.dtype
+        q_THQ = attention.query_up(latent_q).to(high, copy=True).view(-1, H, N + R)
+        rotate_(q_THQ[..., N:], batch.cos.unsqueeze(1), batch.sin.unsqueeze(1))
+        q_THQ.mul_(attention.sizes.scale)
+        latent_kv, k_rope = attention.key_value_down(x_TD).split((c.key_value_rank, R), dim=-1)
+        k_rope = rotate_(k_rope.to(high, copy=True), batch.cos, batch.sin)
+        new_TC = torch.cat((attention.key_value_norm(latent_kv), k_rope.to(self.dtype)), -1)
+        self.cache.write(layer.label, batch.slots_T, new_TC)
+        if len(batch.groups) == 1:
+            return attention.output(self._attend_group(layer, q_THQ, batch.groups[0]).to(self.dtype))
+        out_TX = q_THQ.new_empty(len(x_TD), H * c.value_dim)
+        for group in batch.groups:
+            out_TX[group.rows_R] = self._attend_group(layer, q_THQ[group.rows_R], group)
+        return attention.output(out_TX.to(self.dtype))
+
+    def _attend_group(self, layer: Layer, q_RHQ: Tensor, group: Group) -> Tensor:
+        """[R, H·V] of the rows of a group."""
+        latents_BLC = self.cache.read(layer.label, group.slots_BL)
+        if prefers_expanded(self.config, group.hidden_BnL.shape[1]):
+            return _expanded(layer.attention, q_RHQ, latents_BLC, group.hidden_BnL)
+        return _absorbed(q_RHQ, latents_BLC.to(q_RHQ.dtype), group.hidden_BnL, *self.absorbed[layer.label])
+
+
+def prefers_expanded(config: ModelConfig, new_tokens: int) -> bool:
+    """Whether so many new tokens pay for making an earlier token's keys and values (multiplications per head)."""
+    c = config
+    saved = (2 * c.key_value_rank + c.rope_dim) - (c.head_dim + c.rope_dim + c.value_dim)
+    return new_tokens * saved > c.key_value_rank * (c.head_dim + c.value_dim)
+
+
+def _up_projections(attention: LatentAttention, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W_k [H, N, rank] and W_v [H, rank, V]; views of the weight if it has the wanted dtype."""
+    sizes, weight = attention.sizes, attention.key_value_up.weight.detach().to(dtype)
+    both = weight.view(sizes.H, sizes.N + sizes.V, -1)
+    return both[:, : sizes.N], both[:, sizes.N :].transpose(1, 2)
+
+
+def _absorbed(q_RHQ: Tensor, latents_BLC: Tensor, hidden_BnL: Tensor, k_HNC: Tensor, v_HCV: Tensor) -> Tensor:
+    R, H, _ = q_RHQ.shape
+    (B, n, L), N = hidden_BnL.shape, k_HNC.shape[1]
+    in_latents = torch.bmm(q_RHQ[..., :N].transpose(0, 1), k_HNC.to(q_RHQ.dtype)).transpose(0, 1)
+    q_BXC = torch.cat((in_latents, q_RHQ[..., N:]), -1).view(B, n * H, -1)
+    scores = torch.bmm(q_BXC, latents_BLC.transpose(1, 2)).view(B, n, H, L)
+    p = _softmax(scores, hidden_BnL.unsqueeze(2)).view(B, n * H, L)
+    mixed_RHC = torch.bmm(p, latents_BLC[..., : v_HCV.shape[1]]).view(R, H, -1)
+    return torch.bmm(mixed_RHC.transpose(0, 1), v_HCV.to(q_RHQ.dtype)).transpose(0, 1).flatten(1)
+
+
+def _expanded(attention: LatentAttention, q_RHQ: Tensor, latents_BLC: Tensor, hidden_BnL: Tensor) -> Tensor:
+    sizes, (B, n, L) = attention.sizes, hidden_BnL.shape
+    latents, k_rope = latents_BLC.split((latents_BLC.shape[-1] - sizes.R, sizes.R), dim=-1)
+    kv_BHLX = attention.key_value_up(latents).view(B, L, sizes.H, -1).transpose(1, 2).to(q_RHQ.dtype)
+    k_nope, v = kv_BHLX.split((sizes.N, sizes.V), dim=-1)
+    k = torch.cat((k_nope, k_rope.to(q_RHQ.dtype).unsqueeze(1).expand(-1, sizes.H, -1, -1)), -1)
+    q_BHnQ = q_RHQ.view(B, n, sizes.H, -1).transpose(1, 2)
+    out = q_RHQ.new_empty(B, n, sizes.H, sizes.V)
+    for start in range(0, n, ROWS):
+        rows = slice(start, start + ROWS)
+        p = _softmax(q_BHnQ[:, :, rows] @ k.transpose(2, 3), hidden_BnL[:, rows].unsqueeze(1))
+        out[:, rows] = (p @ v).transpose(1, 2)
+    return out.view(B * n, -1)
+
+
+def _softmax(scores: Tensor, hidden: Tensor) -> Tensor:
+    high = torch.promote_types(scores.dtype, torch.float32)
+    return scores.masked_fill_(hidden, float("-inf")).softmax(-1, dtype=high).to(scores.dtype)
+
+
+def _experts(layer: Layer, x_TD: Tensor) -> tuple[Tensor, ...]:
+    """The parts that a MoE layer adds to the residual stream. The shared expert runs under the dispatch."""
+    scores_TE, experts_TK = layer.router.choose(x_TD)
+    exchange, chosen_TK = layer.tools.dispatcher.open(), layer.slot_E[experts_TK]
+    sizes = exchange.counts.start(chosen_TK)
+    gates_TK = layer.router.gates(scores_TE, experts_TK)
+    arriving = exchange.dispatch.start(x_TD, gates_TK, chosen_TK, *sizes.wait())
+    shared = () if layer.shared is None else (layer.shared(x_TD),)
+    weighted = layer.experts(*arriving.wait())
+    return (*shared, *exchange.combine.start(weighted).wait())

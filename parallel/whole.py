@@ -1,0 +1,82 @@
+"""A whole model in one process, from wherever its weights are: a run, one of its checkpoints, or the public format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from dualpipe.schedules import make_schedule
+from dualpipe.wgrad import WeightGradQueue
+from model.config import ModelConfig
+from model.hf_files import CONFIG, PublicCheckpoint
+from model.names import named_tensors
+from model.precisions import make_precision
+from model.stage import ModelStage
+from parallel.build import BuildOptions, build_stages
+from parallel.mesh import Layout, Mesh
+from parallel.saved import CheckpointError, has_average, list_checkpoints, load_weights, problem_of, read_run_state
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """folder: what was loaded. max_length: the longest sequence that the model was trained for."""
+
+    stage: ModelStage
+    folder: Path
+    max_length: int
+
+
+def load_whole_model(
+    path: Path, precision: str = "fp32", device: str | torch.device = "cpu", averaged: bool = False
+) -> WholeModel:
+    """Load a run's newest checkpoint, a checkpoint, or a folder in the public format (config.json and safetensors).
+
+    averaged   take the moving average of the weights (optim.ema) instead of the weights
+    Raises ValueError (also as FormatError) or CheckpointError, saying what is wrong with the folder.
+    """
+    if (path / CONFIG).is_file():
+        if averaged:
+            raise ValueError(f"{path} is in the public format, which holds no average of the weights; leave ema out")
+        return _load_public(path, precision, device)
+    folder = _find_checkpoint(path)
+    state = read_run_state(folder)
+    if averaged and not has_average(state):
+        raise ValueError(f"{folder} holds no average of the weights (it was trained without optim.ema)")
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), state.config["model"]))
+    assert isinstance(config, ModelConfig)
+    stage = empty_model(config, precision, device)
+    load_weights(folder, stage, averaged)
+    return WholeModel(stage, folder, int(state.config["data"]["seq_len"]))
+
+
+def empty_model(config: ModelConfig, precision: str, device: str | torch.device = "cpu", seed: int = 0) -> ModelStage:
+    """The whole model as one stage with its initial weights. Raises ValueError for an unknown precision."""
+    seam, dtype = make_precision(precision)
+    mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
+    options = BuildOptions(seed=seed, param_dtype=dtype, device=device)
+    return build_stages(config, make_schedule("one_f_one_b", 1, 1), mesh, seam, options, WeightGradQueue())[0]
+
+
+def _find_checkpoint(path: Path) -> Path:
+    if (path / "run.json").is_file():
+        problem = problem_of(path)
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
+        return path
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise ValueError(f"{path} is neither a run with checkpoints, nor a checkpoint, nor a folder with {CONFIG}")
+    return found[-1]
+
+
+def _load_public(path: Path, precision: str, device: str | torch.device) -> WholeModel:
+    checkpoint = PublicCheckpoint(path)
+    settings: dict[str, Any] = json.loads((path / CONFIG).read_text())
+    stage = empty_model(checkpoint.config, precision, device)
+    checkpoint.load_into(checkpoint.config, {name: tensor.detach() for name, tensor, _ in named_tensors(stage)})
+    return WholeModel(stage, path, int(settings.get("max_position_embeddings", 4096)))

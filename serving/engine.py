@@ -1,0 +1,215 @@
+"""The engine: requests go in, tokens come out, a step at a time. One thread, no clock, no text.
+
+    step = plan (scheduler.py) → one forward over all sequences (model/decode.py) → tokens → drafts of the next
+
+What a sequence gets does not depend on who shares its steps, but for rounding: products of matrices of another height
+may add up in another order, which moves logits in their last digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from model.decode import Decoder, Piece
+from model.sampling import choose
+from model.stage import ModelStage
+from serving.drafts import propose, verify
+from serving.pages import PagePool
+from serving.scheduler import Limits, Scheduler, Work
+from serving.sequence import Request, Sequence
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Pages of so many tokens."""
+
+    pages: int = 256
+    page_size: int = 16
+
+    @property
+    def tokens(self) -> int:
+        return self.pages * self.page_size
+
+
+@dataclass(frozen=True)
+class Event:
+    """New tokens of a request; finish is None while more will come, else "stop" or "length"."""
+
+    id: str
+    tokens: tuple[int, ...]
+    finish: str | None = None
+
+
+@dataclass
+class Counters:
+    """Since the engine was made. read: tokens of prompts, again for every preemption; made: new tokens."""
+
+    steps: int = 0
+    read: int = 0
+    made: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that were right."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class Refused(ValueError):
+    """A request that cannot be served as it is; the message says why."""
+
+
+class Busy(RuntimeError):
+    """The queue is full."""
+
+
+class Engine:
+    """max_length: the longest sequence, prompt and answer. drafts: guess with the first MTP module (drafts.py)."""
+
+    def __init__(
+        self,
+        model: ModelStage,
+        max_length: int,
+        cache: CacheSize | None = None,
+        limits: Limits | None = None,
+        drafts: bool = False,
+    ) -> None:
+        cache, limits = cache or CacheSize(), limits or Limits()
+        limits.check(drafts)
+        self.max_length, self.drafts = max_length, drafts
+        self.pool = PagePool(cache.pages, cache.page_size)
+        self.scheduler = Scheduler(self.pool, limits)
+        self.decoder = Decoder(model, cache.tokens, drafts)
+        self.counters = Counters()
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def idle(self) -> bool:
+        return not self._sequences
+
+    def check(self, request: Request) -> None:
+        """Raise Refused for a request that can never be served, saying why."""
+        vocabulary = self.decoder.config.vocab_size
+        total = len(request.prompt) + request.max_tokens
+        if not request.prompt:
+            raise Refused("the prompt is empty")
+        if request.max_tokens < 1:
+            raise Refused(f"max_tokens={request.max_tokens} must be at least 1")
+        if not all(0 <= token < vocabulary for token in request.prompt):
+            raise Refused(f"the prompt has tokens outside of 0 … {vocabulary - 1}")
+        if total > self.max_length:
+            raise Refused(
+                f"{len(request.prompt)} tokens of prompt and max_tokens={request.max_tokens} exceed the "
+                f"{self.max_length} tokens that this model serves"
+            )
+        if self.pool.pages_for(total) > self.pool.total:
+            raise Refused(
+                f"{len(request.prompt)} tokens of prompt and max_tokens={request.max_tokens} exceed the cache of "
+                f"{self.pool.total * self.pool.size} tokens"
+            )
+        try:
+            request.sampling.check()
+        except ValueError as error:
+            raise Refused(str(error)) from None
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises Refused (see `check`), or Busy if the queue is full."""
+        self.check(request)
+        if request.id in self._sequences:
+            raise Refused(f"there is a request with the id {request.id!r} already")
+        if len(self.scheduler.waiting) >= self.scheduler.limits.waiting:
+            raise Busy(f"{len(self.scheduler.waiting)} requests are waiting already")
+        sequence = Sequence.of(request)
+        self._sequences[request.id] = sequence
+        self.scheduler.waiting.append(sequence)
+
+    def cancel(self, id: str) -> None:
+        """Forget a request and free its pages; nothing happens if it has ended."""
+        sequence = self._sequences.pop(id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def step(self) -> list[Event]:
+        """Compute one step; what came of it, at most one event per request."""
+        work = self.scheduler.plan()
+        if not work:
+            return []
+        batch = self.decoder.batch([Piece(w.read, w.sequence.slots[: w.sequence.cached + w.count]) for w in work])
+        hidden_TD = self.decoder.forward(batch)
+        starts = [0, *accumulate(w.count for w in work)]
+        before = [w.sequence.cached for w in work]
+        events = self._make_tokens(work, hidden_TD, starts)
+        if self.drafts:
+            rows = [(w.sequence, start, cached) for w, start, cached in zip(work, starts, before, strict=False)]
+            propose(self.decoder, hidden_TD, [row for row in rows if row[0].finish is None])
+        self.counters.steps += 1
+        for event in events:
+            if event.finish is not None:
+                self.scheduler.remove(self._sequences.pop(event.id))
+        return events
+
+    def _make_tokens(self, work: list[Work], hidden_TD: Tensor, starts: list[int]) -> list[Event]:
+        """Take note of what was read, and make the next tokens where all was."""
+        ready: list[tuple[Sequence, int, bool]] = []  # sequence, row of its last token, whether a draft follows it
+        for w, start in zip(work, starts, strict=False):
+            s = w.sequence
+            has_draft = s.cached + w.count > len(s.tokens)
+            self.counters.read += w.count if s.pending > 1 else 0
+            if w.at_end:
+                ready.append((s, start + w.count - 1 - has_draft, has_draft))
+            s.cached = min(s.cached + w.count, len(s.tokens))
+        if not ready:
+            return []
+        rows = [row + i for _, row, has_draft in ready for i in range(1 + has_draft)]
+        logits = self.decoder.logits(hidden_TD[rows])
+        if any(has_draft for *_, has_draft in ready):
+            made = self._verify(ready, logits)
+        else:
+            samplings, indices = [s.request.sampling for s, *_ in ready], [s.made for s, *_ in ready]
+            made = [[token] for token in choose(logits, samplings, indices)]
+        return [self._append(s, tokens) for (s, *_), tokens in zip(ready, made, strict=True)]
+
+    def _verify(self, ready: list[tuple[Sequence, int, bool]], logits: Tensor) -> list[list[int]]:
+        made, row = [], 0
+        for s, _, has_draft in ready:
+            tokens = verify(
+                logits[row : row + 1 + has_draft], s.request.sampling, s.made, s.draft if has_draft else None
+            )
+            row += 1 + has_draft
+            self.counters.drafted += has_draft
+            self.counters.accepted += len(tokens) - 1
+            made.append(tokens)
+        return made
+
+    def _append(self, s: Sequence, tokens: list[int]) -> Event:
+        """Every token but the last was a draft, and so is in the cache already."""
+        s.draft = None
+        first = len(s.tokens)
+        for i, token in enumerate(tokens):
+            if not s.append(token):
+                break
+            s.cached += i < len(tokens) - 1
+        added = tuple(s.tokens[first:])
+        self.counters.made += len(added)
+        return Event(s.request.id, added, s.finish)
+
+
+def cached_bytes(engine: Engine) -> int:
+    """Bytes of the pages in use."""
+    return engine.pool.used * engine.pool.size * engine.decoder.cache.bytes_per_token
+
+
+def run_alone(engine: Engine, request: Request) -> list[int]:
+    """All tokens of one request."""
+    engine.add(request)
+    tokens: list[int] = []
+    with torch.inference_mode():
+        while not engine.idle:
+            for event in engine.step():
+                tokens += event.tokens
+    return tokens

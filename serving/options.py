@@ -1,0 +1,39 @@
+"""Settings from `key=value` words on the command line, as train.py takes them, over typed dataclasses.
+
+Text is taken literally, so that `prompt=def f(x):` needs no second layer of quotes; everything else is YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Options = TypeVar("Options")
+
+
+def parse_options(kind: type[Options], words: Sequence[str]) -> Options:
+    """An instance of the dataclass `kind`. Raises ValueError for an unknown key or a value of the wrong type."""
+    assert is_dataclass(kind)
+    types = {f.name: str(f.type) for f in fields(kind)}
+    config = OmegaConf.structured(kind)
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not of the form key=value; keys are {', '.join(types)}")
+        if key not in types:
+            raise ValueError(f"{key!r} is unknown; keys are {', '.join(types)}")
+        try:
+            value: Any = text if types[key].startswith("str") and text != "null" else yaml.safe_load(text)
+            OmegaConf.update(config, key, value)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"{word}: {str(error).splitlines()[0]}") from None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"{', '.join(f'{name}=…' for name in missing)} must be given")
+    result: Any = OmegaConf.to_object(config)
+    return result
