@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from model.fp8.backend import Backend
 from model.fp8.reference import ReferenceBackend
+from model.fp8.torch_backend import TorchBackend
 
 
 def _triton() -> Backend:
@@ -24,6 +25,7 @@ BACKENDS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
     {
         "reference": ReferenceBackend,
         "triton": _triton,
+        "torch": TorchBackend,
     }
 )
 
