@@ -102,10 +102,10 @@ def describe_precision(words: Sequence[str]) -> str:
     more = OmegaConf.from_dotlist([w.removeprefix("precision.") for w in words if w.startswith("precision.")])
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrecisionConfig(chosen[-1])), more))
     assert isinstance(config, PrecisionConfig)
-    precision, masters = make_precision(config)
+    precision, masters = make_precision(config, here=False)
     if not isinstance(precision, Fp8Precision):
         return f"\n\nprecision={config.name}: every product in {precision.dtype}, masters in {masters}"
-    return f"\n\nprecision=fp8 by the {precision.backend.name} backend\n{describe_formats(precision.formats)}"
+    return f"\n\nprecision=fp8 by the {config.backend} backend\n{describe_formats(precision.formats)}"
 
 
 def main(arguments: list[str]) -> int:

@@ -8,9 +8,10 @@ from types import MappingProxyType
 
 import torch
 
-from model.fp8.backends import make_backend
+from model.fp8.backends import BACKENDS, make_backend
 from model.fp8.precision import Fp8Precision
-from model.fp8.transformer_engine import TransformerEnginePrecision
+from model.fp8.reference import ReferenceBackend
+from model.fp8.transformer_engine import TransformerEnginePrecision, possible_formats
 from model.precision import CastPrecision, Precision
 
 
@@ -22,20 +23,24 @@ class PrecisionConfig:
     gradient_blocks: bool = False  # of fp8: activation gradients in 128×128 blocks, the report's ablation
 
 
-def _cast(dtype: torch.dtype) -> Callable[[PrecisionConfig], Precision]:
-    return lambda config: CastPrecision(dtype)
+def _cast(dtype: torch.dtype) -> Callable[[PrecisionConfig, bool], Precision]:
+    return lambda config, here: CastPrecision(dtype)
 
 
-def _fp8(config: PrecisionConfig) -> Precision:
-    if config.backend == "transformer_engine":  # has layers of its own, so it is no backend of ours
-        if config.gradient_blocks:
-            raise ValueError("precision.gradient_blocks=true needs precision.backend=reference")
+def _fp8(config: PrecisionConfig, here: bool) -> Precision:
+    own_layers = config.backend == "transformer_engine"  # it has layers of its own, so it is no backend of ours
+    if own_layers and config.gradient_blocks:
+        raise ValueError("precision.gradient_blocks=true needs precision.backend=reference")
+    if own_layers and here:
         return TransformerEnginePrecision(config.formats)
-    return Fp8Precision(make_backend(config.backend), config.formats, config.gradient_blocks)
+    formats = possible_formats(config.formats) if own_layers else config.formats
+    if not here and (own_layers or config.backend in BACKENDS):
+        return Fp8Precision(ReferenceBackend(), formats, config.gradient_blocks)
+    return Fp8Precision(make_backend(config.backend), formats, config.gradient_blocks)
 
 
 # Name → how it is made, and the dtype of the parameters. fp64 is for exactness checks.
-PRECISIONS: Mapping[str, tuple[Callable[[PrecisionConfig], Precision], torch.dtype]] = MappingProxyType(
+PRECISIONS: Mapping[str, tuple[Callable[[PrecisionConfig, bool], Precision], torch.dtype]] = MappingProxyType(
     {
         "fp32": (_cast(torch.float32), torch.float32),
         "bf16": (_cast(torch.bfloat16), torch.float32),
@@ -45,8 +50,11 @@ PRECISIONS: Mapping[str, tuple[Callable[[PrecisionConfig], Precision], torch.dty
 )
 
 
-def make_precision(config: PrecisionConfig | str) -> tuple[Precision, torch.dtype]:
+def make_precision(config: PrecisionConfig | str, here: bool = True) -> tuple[Precision, torch.dtype]:
     """The precision of a configuration, or by name alone, and the dtype in which it wants the parameters.
+
+    here   it is to compute on this machine, whose devices and packages matter then; else it is for a look at the
+           formats, and the reference backend stands in for what may be missing
 
     Raises ValueError for an unknown name, backend, module or format, or for a setting that only fp8 has.
     """
@@ -58,4 +66,4 @@ def make_precision(config: PrecisionConfig | str) -> tuple[Precision, torch.dtyp
         if config.name != "fp8" and getattr(config, name):
             raise ValueError(f"precision.{name}={getattr(config, name)} is for precision=fp8, not {config.name}")
     make, parameters = PRECISIONS[config.name]
-    return make(config), parameters
+    return make(config, here), parameters

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.fp8.precision import Fp8Precision
 from model.fp8.transformer_engine import pad_rows
 from model.precisions import PrecisionConfig, make_precision
 
@@ -26,6 +27,18 @@ def test_every_call_fits_the_library() -> None:
 def test_without_a_gpu_the_message_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"--no-build-isolation -e '\.\[gpu\]'.*or use precision\.backend=triton"):
         make_precision(PrecisionConfig("fp8", backend="transformer_engine"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "transformer_engine"])
+def test_on_paper_no_gpu_is_needed(backend: str) -> None:
+    config = PrecisionConfig("fp8", backend=backend, formats={"head": "fp8"})
+    precision, _ = make_precision(config, here=False)
+    assert isinstance(precision, Fp8Precision)
+    other = backend == "transformer_engine"
+    formats = [precision.formats[module] for module in ("head", "attention_output", "swiglu", "router")]
+    assert formats == (["fp8_pow2", "fp8_pow2", "bf16", "fp32"] if other else ["fp8", "fp8_e5m6", "fp8", "fp32"])
+    with pytest.raises(ValueError, match="unknown module"):
+        make_precision(PrecisionConfig("fp8", backend=backend, formats={"hat": "fp8"}), here=False)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def check_sizes(config: Config) -> None:
 
 def build_on_meta(config: Config, layout: Layout, schedule: Schedule, rank: int) -> dict[int, ModelStage]:
     """A rank's stages with shapes only. Raises ValueError if a tensor has more elements than can be counted."""
-    precision, dtype = make_precision(config.precision)
+    precision, dtype = make_precision(config.precision, here=False)
     options = BuildOptions(
         param_dtype=dtype, device="meta", layers_per_stage=tuple(config.parallel.layers_per_stage) or None
     )

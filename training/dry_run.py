@@ -125,7 +125,7 @@ class _Rank:
 def _rank(config: Config, layout: Layout, schedule: Schedule, pp: int, spread: Spread) -> Iterator[_Rank]:
     """This process as one rank of the world, with everything that the rank would make before it trains."""
     timeout = timedelta(seconds=config.launch.timeout_seconds)
-    precision, dtype = make_precision(config.precision)
+    precision, dtype = make_precision(config.precision, here=False)
     options = BuildOptions(
         param_dtype=dtype,
         device="meta",

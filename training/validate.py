@@ -46,7 +46,7 @@ def validate(config: Config, world: int, here: bool = True) -> tuple[Layout, Sch
     if here:
         _check_machine(config)
     check_pieces("balance.bias_rate_schedule", config.balance.bias_rate_schedule)
-    make_precision(config.precision)
+    make_precision(config.precision, here)
     parallel = config.parallel
     config.recipe.check()
     if config.eval.ema and not config.optim.ema:

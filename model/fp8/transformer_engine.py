@@ -52,8 +52,7 @@ class TransformerEnginePrecision:
     def __init__(self, formats: Mapping[str, str] | None = None) -> None:
         te, recipe = _load()
         self._te, self._recipe = te, recipe
-        given = complete(formats or {})
-        self.formats = {m: "fp8_pow2" if f in LINEAR_FORMATS else f for m, f in given.items()} | {"swiglu": "bf16"}
+        self.formats = possible_formats(formats or {})
         self._high = CastPrecision(self.dtype)
         self._modules: dict[nn.Parameter, nn.Module] = {}
         self._fresh: set[nn.Parameter] = set()
@@ -152,6 +151,14 @@ class TransformerEngineProducts:
             y_PO = module(padded_PI, *_splits(weight, sizes), is_first_microbatch=False)
         y_RO = y_PO if rows is None else y_PO.index_select(0, rows)
         return _Call.apply(y_RO, weight, before_backward)
+
+
+def possible_formats(formats: Mapping[str, str]) -> dict[str, str]:
+    """The table with what TE has instead. Raises ValueError as `complete` does."""
+    return {
+        module: "bf16" if module == "swiglu" else "fp8_pow2" if name in LINEAR_FORMATS else name
+        for module, name in complete(formats).items()
+    }
 
 
 def pad_rows(x_RK: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int], Tensor | None]:
