@@ -28,9 +28,9 @@ def _cast(dtype: torch.dtype) -> Callable[[PrecisionConfig, bool], Precision]:
 
 
 def _fp8(config: PrecisionConfig, here: bool) -> Precision:
+    if config.gradient_blocks and config.backend != "reference":
+        raise ValueError(f"precision.gradient_blocks=true needs precision.backend=reference, not {config.backend}")
     own_layers = config.backend == "transformer_engine"  # it has layers of its own, so it is no backend of ours
-    if own_layers and config.gradient_blocks:
-        raise ValueError("precision.gradient_blocks=true needs precision.backend=reference")
     if own_layers and here:
         return TransformerEnginePrecision(config.formats)
     formats = possible_formats(config.formats) if own_layers else config.formats

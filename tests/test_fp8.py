@@ -343,6 +343,7 @@ def test_the_table_decides_and_refuses_what_it_does_not_know() -> None:
         (PrecisionConfig("fp8", formats={"router": "fp8"}), "precision.formats.router=fp8 must be fp32"),
         (PrecisionConfig("fp8", formats={"rooter": "fp8"}), "precision.formats.rooter=fp8: unknown module"),
         (PrecisionConfig("fp8", backend="abacus"), "precision.backend='abacus' is unknown"),
+        (PrecisionConfig("fp8", "triton", gradient_blocks=True), "precision.backend=reference, not triton"),
         (PrecisionConfig("bf16", gradient_blocks=True), "precision.gradient_blocks=True is for precision=fp8"),
     ):
         with pytest.raises(ValueError, match=words):
