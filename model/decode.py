@@ -104,6 +104,8 @@ class Decoder:
 
     It uses the weights of the stage as they are. Only for a precision whose activations are narrower than parameters
     does it keep copies, of the key-value up-projections. Make a new one when weights have changed.
+
+    loads   for each layer with experts, by label, how many tokens each expert has got so far: int64 [E]
     """
 
     def __init__(self, stage: ModelStage, slots: int, drafts: bool = False) -> None:
@@ -120,6 +122,10 @@ class Decoder:
             self.module = module
         attending = [*self.layers, *([self.module.layer] if self.module else [])]
         self.cache = LatentCache(self.config, [layer.label for layer in attending], slots, self.dtype, self.device)
+        moe = [layer for layer in attending if layer.is_moe]
+        sizes = (len(moe), self.config.num_experts)
+        counts = torch.zeros(sizes, dtype=torch.int64, device=self.device)
+        self.loads: dict[str, Tensor] = {layer.label: row for layer, row in zip(moe, counts, strict=True)}
         self.absorbed = {layer.label: _up_projections(layer.attention, self.dtype) for layer in attending}
 
     def batch(self, pieces: Sequence[Piece]) -> DecodeBatch:
@@ -154,7 +160,20 @@ class Decoder:
     def _layer(self, layer: Layer, h_TD: Tensor, batch: DecodeBatch) -> Tensor:
         h_TD = h_TD + self._attend(layer, layer.attention_norm(h_TD), batch)
         x_TD = layer.mlp_norm(h_TD)
-        return add(h_TD, *(_experts(layer, x_TD) if layer.is_moe else (layer.mlp(x_TD),)))
+        return add(h_TD, *(self._experts(layer, x_TD) if layer.is_moe else (layer.mlp(x_TD),)))
+
+    def _experts(self, layer: Layer, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """The parts that a MoE layer adds to the residual stream. The shared expert runs under the dispatch."""
+        scores_TE, experts_TK = layer.router.choose(x_TD)
+        chosen = experts_TK.flatten()
+        self.loads[layer.label].scatter_add_(0, chosen, torch.ones_like(chosen))
+        exchange, chosen_TK = layer.tools.dispatcher.open(), layer.slot_E[experts_TK]
+        sizes = exchange.counts.start(chosen_TK)
+        gates_TK = layer.router.gates(scores_TE, experts_TK)
+        arriving = exchange.dispatch.start(x_TD, gates_TK, chosen_TK, *sizes.wait())
+        shared = () if layer.shared is None else (layer.shared(x_TD),)
+        weighted = layer.experts(*arriving.wait())
+        return (*shared, *exchange.combine.start(weighted).wait())
 
     def _attend(self, layer: Layer, x_TD: Tensor, batch: DecodeBatch) -> Tensor:
         c, attention = self.config, layer.attention
@@ -226,15 +245,3 @@ def _expanded(attention: LatentAttention, q_RHQ: Tensor, latents_BLC: Tensor, hi
 def _softmax(scores: Tensor, hidden: Tensor) -> Tensor:
     high = torch.promote_types(scores.dtype, torch.float32)
     return scores.masked_fill_(hidden, float("-inf")).softmax(-1, dtype=high).to(scores.dtype)
-
-
-def _experts(layer: Layer, x_TD: Tensor) -> tuple[Tensor, ...]:
-    """The parts that a MoE layer adds to the residual stream. The shared expert runs under the dispatch."""
-    scores_TE, experts_TK = layer.router.choose(x_TD)
-    exchange, chosen_TK = layer.tools.dispatcher.open(), layer.slot_E[experts_TK]
-    sizes = exchange.counts.start(chosen_TK)
-    gates_TK = layer.router.gates(scores_TE, experts_TK)
-    arriving = exchange.dispatch.start(x_TD, gates_TK, chosen_TK, *sizes.wait())
-    shared = () if layer.shared is None else (layer.shared(x_TD),)
-    weighted = layer.experts(*arriving.wait())
-    return (*shared, *exchange.combine.start(weighted).wait())

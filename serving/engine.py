@@ -118,12 +118,12 @@ class Engine:
             raise Refused(str(error)) from None
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises Refused (see `check`), or Busy if the queue is full."""
+        """Queue a request. Raises Refused (see `check`), or Busy if there are too many already."""
         self.check(request)
         if request.id in self._sequences:
             raise Refused(f"there is a request with the id {request.id!r} already")
-        if len(self.scheduler.waiting) >= self.scheduler.limits.waiting:
-            raise Busy(f"{len(self.scheduler.waiting)} requests are waiting already")
+        if len(self._sequences) >= self.scheduler.limits.most:
+            raise Busy(f"{len(self._sequences)} requests are running or waiting already, and no more may")
         sequence = Sequence.of(request)
         self._sequences[request.id] = sequence
         self.scheduler.waiting.append(sequence)

@@ -25,6 +25,11 @@ class Limits:
     batch_tokens: int = 512
     waiting: int = 1024
 
+    @property
+    def most(self) -> int:
+        """Requests that may be here at once."""
+        return self.max_sequences + self.waiting
+
     def check(self, drafts: bool) -> None:
         """Raise ValueError for limits under which nothing could run."""
         for name, value in vars(self).items():

@@ -135,7 +135,7 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on() -> None:
 
 
 def test_what_can_never_be_served_is_refused_at_once() -> None:
-    e = engine(pages=4, waiting=2)
+    e = engine(pages=4, sequences=1, waiting=1)
     cases = {
         "empty": Request("a", (), 3),
         "max_tokens=0": Request("a", (1,), 0),
@@ -151,7 +151,7 @@ def test_what_can_never_be_served_is_refused_at_once() -> None:
     with pytest.raises(Refused, match="'a'"):
         e.add(Request("a", (1,), 3))
     e.add(Request("b", (1,), 3))
-    with pytest.raises(Busy, match="2 requests are waiting"):
+    with pytest.raises(Busy, match="2 requests are running or waiting"):
         e.add(Request("c", (1,), 3))
     with pytest.raises(ValueError, match="batch_tokens=3"):
         engine(sequences=2, batch=3, drafts=True)

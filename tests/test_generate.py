@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import openai
 import pytest
 
 from model.decode import Decoder
@@ -59,6 +62,24 @@ def test_generation_from_every_kind_of_folder(run: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out == "import " + first[7:].split(stop)[0] + "\n"
     assert main(words_of(run, tokens=200)) == 2
     assert "exceed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_server_starts_from_a_run(run: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [f"checkpoint={run}", f"port={port}", "api_key=k", "drafts=true", "cache_tokens=512"]
+    command = [sys.executable, "-m", "serving.server", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == f"serving run on http://127.0.0.1:{port}\n"
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=8)
+            assert client.completions.create(model="run", prompt="a", max_tokens=5).usage.completion_tokens <= 5
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) in (0, -signal.SIGINT)
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
