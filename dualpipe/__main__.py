@@ -132,7 +132,7 @@ examples: python -m dualpipe simulate --schedule dualpipe --ranks 8 --micro-batc
 def _simulate(args: argparse.Namespace) -> None:
     schedule = schedule_from(args)
     validate(schedule)
-    timeline = simulate(schedule, costs_from(args, schedule.num_stages))
+    timeline = simulate(schedule, costs_from(args, schedule.num_stages), args.early)
     print(f"{schedule.name}: makespan {timeline.makespan:.6g}, bubble {timeline.bubble:.2%}\n")
     columns = (timeline.busy, timeline.idle, timeline.peak_activations, timeline.peak_deferred)
     rows = [(str(rank), *(f"{column[rank]:.6g}" for column in columns)) for rank in range(schedule.num_ranks)]
@@ -157,7 +157,7 @@ example: python -m dualpipe plot --schedule dualpipe --ranks 8 --micro-batches 2
 def _plot(args: argparse.Namespace) -> None:
     schedule = schedule_from(args)
     validate(schedule)
-    timeline = simulate(schedule, costs_from(args, schedule.num_stages))
+    timeline = simulate(schedule, costs_from(args, schedule.num_stages), args.early)
     for path in map(Path, args.out):
         try:
             if path.suffix == ".json":

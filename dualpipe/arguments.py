@@ -72,6 +72,11 @@ def add_costs(parser: argparse.ArgumentParser) -> None:
         help="time of an overlapped pair as a part of F + B: 1 hides nothing, 0.8 hides a fifth (default 1); a list "
         "gives each stage its own",
     )
+    group.add_argument(
+        "--early",
+        action="store_true",
+        help="results leave as soon as they are there, as in the runtime, not at the end of their step",
+    )
     group.add_argument("--latency", type=float, default=0.0, metavar="T", help="delay of a message (default 0)")
     group.add_argument(
         "--transfer", type=float, default=0.0, metavar="T", help="time a message occupies its link (default 0)"

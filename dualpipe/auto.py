@@ -29,6 +29,7 @@ from dualpipe.simulator import simulate
 from dualpipe.validate import validate
 
 EFFORT = 1_000_000
+_OVERHEAD = 200  # of one try, in steps
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def search(
     max_activations: float | None = None,
     *,
     bidirectional: bool = True,
+    placement: Placement | None = None,
     effort: int = EFFORT,
     seed: int = 0,
 ) -> Found:
@@ -65,18 +67,26 @@ def search(
     max_activations   per rank, in R-ths of the model × micro-batches, each kept until its weight gradient is done; by
                       default R + 1, as DualPipe needs.
     bidirectional     may parameters be held twice?
+    placement         the only one to look at; None: all
     effort            how many steps may be clocked; a million takes about four seconds.
 
     Raises ValueError if the stages do not fit the ranks, or no schedule fits the memory.
     """
     cuts = both_cuts(costs, num_ranks) if isinstance(costs, Costs) else tuple(costs)
     cap = num_ranks + 1 if max_activations is None else max_activations
-    problems = _problems(num_ranks, num_micro_batches, cuts, cap, bidirectional)
+    problems = [
+        problem
+        for problem in _problems(num_ranks, num_micro_batches, cuts, cap, bidirectional)
+        if placement in (None, problem.placement)
+    ]
+    if not problems:
+        raise ValueError(f"placement={placement} does not suit {num_ranks} ranks and {num_micro_batches} micro-batches")
+    placements = {problem.placement for problem in problems}
     known = [
         f
         for cut in cuts
         for f in known_schedules(num_ranks, num_micro_batches, cut)
-        if f.activations <= cap and (bidirectional or f.schedule.num_directions == 1)
+        if f.activations <= cap and f.schedule.placement in placements
     ]
     found = known + _climb(problems, known, effort // 2, seed)
     if not found:
@@ -174,7 +184,7 @@ def _has_pairs(schedule: Schedule) -> bool:
 
 
 def _size(problem: Problem) -> int:
-    return 3 * problem.costs.num_stages * problem.num_micro_batches
+    return _OVERHEAD + 3 * problem.costs.num_stages * problem.num_micro_batches
 
 
 def _refine(found: Sequence[Found], cap: float, effort: int, seed: int) -> Found:
@@ -186,7 +196,7 @@ def _refine(found: Sequence[Found], cap: float, effort: int, seed: int) -> Found
         room = int(cap * per_rank + 1e-9)
         refiners.append(Refiner(leader.schedule, leader.costs, room, random.Random(f"{seed} {number}")))
     # A try is cheap: most are given up before they are clocked.
-    tries = 8 * effort // sum(map(len, leaders[0].schedule.steps))
+    tries = 8 * effort // (_OVERHEAD + sum(map(len, leaders[0].schedule.steps)))
     for refiner in refiners:
         refiner.run(tries // (2 * len(refiners)))
     best = min(range(len(refiners)), key=lambda n: refiners[n].best)

@@ -63,6 +63,11 @@ class Costs:
         """The time for which one message occupies its link."""
         return self.size / self.bandwidth
 
+    def inputs_part(self, stage: int) -> float:
+        """How much of a B is over when the gradient of its inputs is there."""
+        whole = self.inputs[stage] + self.weights[stage]
+        return self.inputs[stage] / whole if whole else 1.0
+
     def of(self, step: Step) -> float:
         """The time of one step."""
         if isinstance(step, Pair):

@@ -1,23 +1,29 @@
 """Predict a schedule's Timeline from costs, by running it with a clock per rank.
 
 A rank runs its steps in order. A step starts when the rank is free and everything it depends on has arrived; what it
-computed leaves at its end. Between ranks a message queues for its link (source, destination), occupies it for
-size / bandwidth, and arrives `latency` later. Computing never waits for a link.
+computed leaves at its end (or, as in the runtime, as soon as it is there: `early`). Between ranks a message queues for
+its link (source, destination), occupies it for size / bandwidth, and arrives `latency` later. Computing never waits for
+a link.
 """
 
 from __future__ import annotations
 
 from dualpipe.costs import Costs
-from dualpipe.schedule import Action, Schedule, Step, parts
+from dualpipe.schedule import Action, Kind, Pair, Schedule, Step, parts
 from dualpipe.timeline import COMPUTE, MESSAGES, Span, Timeline
 from dualpipe.validate import InvalidScheduleError, dependencies
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Run the schedule on paper. Raises ValueError if the costs are for another number of stages or it deadlocks."""
+def simulate(schedule: Schedule, costs: Costs, early: bool = False) -> Timeline:
+    """Run the schedule on paper. Raises ValueError if the costs are for another number of stages or it deadlocks.
+
+    early   A step's results leave at its end: so the published bubbles are computed. The runtime is a little better,
+            and with `early` so is the simulation, for stages of one piece: a B sends its gradient after its I, and a
+            pair runs its B first, so that its gradient leaves early and its F may arrive late.
+    """
     if costs.num_stages != schedule.num_stages:
         raise ValueError(f"{schedule.name} has {schedule.num_stages} stages, the costs are for {costs.num_stages}")
-    clock = _Clock(schedule, costs)
+    clock = _Clock(schedule, costs, early)
     position = [0] * schedule.num_ranks
     progress = True
     while progress:
@@ -35,8 +41,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 class _Clock:
     """The state of one simulation: when each rank is free, each result ready, each link clear."""
 
-    def __init__(self, schedule: Schedule, costs: Costs) -> None:
-        self.schedule, self.costs = schedule, costs
+    def __init__(self, schedule: Schedule, costs: Costs, early: bool) -> None:
+        self.schedule, self.costs, self.early = schedule, costs, early
         self.free = [0.0] * schedule.num_ranks
         self.done: dict[Action, float] = {}  # on the rank that computed it
         self.arrived: dict[Action, float] = {}  # on the neighbour that needs it
@@ -45,20 +51,53 @@ class _Clock:
 
     def run(self, rank: int, step: Step) -> bool:
         """Run one step, unless something that it depends on has not yet been computed."""
-        start = self.free[rank]
-        for action in parts(step):
-            for alternatives in dependencies(self.schedule, action):
-                ready = [self._when(action, a) for a in alternatives if a in self.done]
-                if not ready:
-                    return False
-                start = max(start, min(ready))
+        ready = [self._ready(action) for action in parts(step)]
+        if None in ready:
+            return False
+        times = [self.free[rank], *(time for time in ready if time is not None)]
+        if self.early:
+            self._run_early(rank, step, times)
+            return True
+        start = max(times)
         end = start + self.costs.of(step)
+        self._finish(rank, step, start, end)
+        for action in parts(step):
+            self._send(rank, action, end)
+        return True
+
+    def _run_early(self, rank: int, step: Step, times: list[float]) -> None:
+        """`times`: when the rank is free, then when each part of the step has its input."""
+        costs = self.costs
+        if isinstance(step, Pair):
+            forward, backward = (costs.overlaps[a.stage] * costs.of(a) for a in parts(step))
+            start = max(times[0], times[2])
+            middle = max(start + backward, times[1])
+            end = middle + forward
+            self._finish(rank, step, end - forward - backward, end)
+            self._send(rank, step.backward, start + backward * costs.inputs_part(step.backward.stage))
+            self._send(rank, step.forward, end)
+            return
+        start = max(times)
+        end = start + costs.of(step)
+        self._finish(rank, step, start, end)
+        part = costs.inputs_part(step.stage) if step.kind is Kind.B else 1.0
+        self._send(rank, step, start + part * (end - start))
+
+    def _ready(self, action: Action) -> float | None:
+        """When everything that an action depends on is there; None if something has not been computed."""
+        latest = 0.0
+        for alternatives in dependencies(self.schedule, action):
+            ready = [self._when(action, a) for a in alternatives if a in self.done]
+            if not ready:
+                return None
+            latest = max(latest, min(ready))
+        return latest
+
+    def _finish(self, rank: int, step: Step, start: float, end: float) -> None:
         self.free[rank] = end
         self.spans.append(Span(rank, COMPUTE, str(step), start, end))
         for action in parts(step):
             self.done[action] = end
-            self._send(rank, action, end)
-        return True
 
     def _when(self, action: Action, needed: Action) -> float:
         same = action.stage == needed.stage

@@ -8,7 +8,11 @@ kind. Times are in the unit of whoever made it: seconds when measured, the unit 
 What counts as alive. An *activation* is one micro-batch's on one stage; it lives from the start of its F to the end
 of its backward, which is B or, when split, W: the inputs of the weights are needed until then. A *deferred weight
 gradient* lives from the start of I to the end of W. Inside a pair F starts while B still needs its activation, so both
-count.
+count. That is the published measure, and what a rank must have room for at most.
+
+What is held at each moment is less, for the runtime lets go earlier: an autograd *graph* lives from its F to the end
+of its I or B only (W keeps the inputs that it multiplies), and a pair gives its B's graph back piece by piece while
+its F's grows.
 """
 
 from __future__ import annotations
@@ -81,6 +85,11 @@ class Timeline:
         return tuple(peak_live(steps(row))[0] for row in self.computing)
 
     @cached_property
+    def peak_graphs(self) -> tuple[int, ...]:
+        """Per rank, the most autograd graphs alive at once, as the runtime holds them."""
+        return tuple(peak_graphs(steps(row)) for row in self.computing)
+
+    @cached_property
     def peak_deferred(self) -> tuple[int, ...]:
         """Per rank, the most weight gradients whose I has begun and whose W is not over."""
         return tuple(peak_live(steps(row))[1] for row in self.computing)
@@ -101,3 +110,14 @@ def peak_live(row: Iterable[Step]) -> tuple[int, int]:
         live -= kinds.count(Kind.B) + kinds.count(Kind.W)
         deferred -= kinds.count(Kind.W)
     return peak, peak_deferred
+
+
+def peak_graphs(row: Iterable[Step]) -> int:
+    """The most autograd graphs alive at once while a rank runs `row`; a pair gives one back for the one it makes."""
+    live = peak = 0
+    for step in row:
+        kinds = [action.kind for action in parts(step)]
+        live -= kinds.count(Kind.B) + kinds.count(Kind.I)
+        live += kinds.count(Kind.F)
+        peak = max(peak, live)
+    return peak

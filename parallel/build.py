@@ -11,7 +11,6 @@ import torch
 import dualpipe.stage as stage_types
 from dualpipe.runtime import Runtime
 from dualpipe.schedule import Schedule
-from dualpipe.schedules import make_schedule
 from dualpipe.wgrad import WeightGradQueue
 from model.balance import NO_BALANCE, Balance
 from model.config import ModelConfig, split_layers
@@ -72,9 +71,8 @@ def build_replica(
     return Replica(stages, pipeline, buckets, precision, mesh, schedule, config, queue, options)
 
 
-def with_micro_batches(replica: Replica, micro_batches: int) -> Replica:
-    """The same stages and weights in a pipeline for another number of micro-batches per step."""
-    schedule = make_schedule(replica.schedule.name, replica.schedule.num_ranks, micro_batches)
+def with_schedule(replica: Replica, schedule: Schedule) -> Replica:
+    """The same stages and weights in a pipeline of another schedule, whose placement must be the same."""
     pipeline = build_pipeline(replica.stages, schedule, replica.mesh, replica.queue, replica.options)
     return replace(replica, pipeline=pipeline, schedule=schedule)
 

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from dualpipe.auto import search
+from dualpipe.costs import Costs
+from dualpipe.schedule import Schedule
 from dualpipe.schedules import make_schedule
 from model.balance import Balance
 from model.batch import IGNORE, MicroBatch
@@ -126,10 +129,19 @@ def train_oracle(case: Case) -> list[OracleStep]:
     return steps
 
 
+def schedule_of(case: Case, num: int) -> Schedule:
+    """By name; or one that is searched for at the costs of uneven stages, with parameters once if that is asked for."""
+    if not case.schedule.startswith("auto"):
+        return make_schedule(case.schedule, case.pp, num)
+    ends = (1.0, *[1.0] * (case.pp - 2), 1.7)
+    costs = Costs(ends, ends, ends, overlap=0.8, latency=0.1)
+    return search(case.pp, num, costs, bidirectional=case.schedule == "auto", effort=30_000).schedule
+
+
 def check_case(rank: int, case: Case, world: int, oracle: list[OracleStep]) -> None:
     """Train one layout and compare what this rank holds with the oracle after every step."""
     layout = Layout(world, case.pp, case.ep, case.order)
-    schedule = make_schedule(case.schedule, case.pp, GLOBAL_MICRO_BATCHES // layout.dp)
+    schedule = schedule_of(case, GLOBAL_MICRO_BATCHES // layout.dp)
     holders = embedding_holders(schedule, case.config)
     mesh = Mesh.create(layout, mirrors(schedule), timedelta(seconds=60), holders)
     options = BuildOptions(
@@ -222,6 +234,7 @@ def both_precisions(cases: list[Case]) -> list[Case]:
 NO_COMPRESSION = replace(CONFIG, query_rank=0, num_shared_experts=0, groups_per_token=4, num_dense_layers=0)
 SHUFFLED = (5, 0, 3, 6, 1, 7, 2, 4)
 LOSSES = (0.3, 0.2)  # of the size of the token loss's own pull on the router, so that an error of theirs shows
+AUTO = [Case(2, schedule="auto", steps=2), Case(2, schedule="auto, parameters once", steps=2)]
 OTHERS = ("dualpipev", "interleaved_1f1b", "zb1p", "zbv", "gpipe")
 CASES = {
     1: [Case(1, schedule="one_f_one_b"), Case(1), Case(1, config=NO_COMPRESSION), Case(1, balance=LOSSES)],
@@ -235,8 +248,9 @@ CASES = {
         Case(1, ep=2, balance=LOSSES),
         Case(1, ep=2, placement=SHUFFLED),
     ]
-    + [Case(2, schedule=name, steps=2) for name in OTHERS],
-    4: [Case(4), Case(4, schedule="one_f_one_b"), Case(4, layers=(2, 1, 1, 1))]
+    + [Case(2, schedule=name, steps=2) for name in OTHERS]
+    + AUTO,
+    4: [Case(4), Case(4, schedule="one_f_one_b"), Case(4, schedule="auto", steps=2), Case(4, layers=(2, 1, 1, 1))]
     + [Case(2, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")],
     8: [Case(4, ep, s) for ep in (1, 2) for s in ("dualpipe", "one_f_one_b")]
     + [Case(2, ep=4), Case(2, ep=2, order=EP_ACROSS_NODES), Case(1, ep=8)]

@@ -68,6 +68,19 @@ def test_a_pair_takes_overlap_times_its_parts_and_sends_at_its_end() -> None:
     assert spans(timeline)["0B0"][0] == 3.5
 
 
+def test_early_results_leave_when_they_are_there() -> None:
+    schedule = read_csv("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n")
+    costs = Costs((1.0, 1.0), (1.0, 2.0), (1.0, 4.0), latency=0.5)
+    late, early = spans(simulate(schedule, costs)), spans(simulate(schedule, costs, early=True))
+    assert late["(1F1;1B0)OVERLAP_F_B"] == early["(1F1;1B0)OVERLAP_F_B"] == (2.5, 9.5)
+    assert (late["0B0"], late["1B1"], late["0B1"]) == ((10.0, 12.0), (9.5, 15.5), (16.0, 18.0))
+    assert (early["0B0"], early["1B1"], early["0B1"]) == ((5.0, 7.0), (9.5, 15.5), (12.0, 14.0))
+    slow = Costs((3.0, 1.0), (1.0, 2.0), (1.0, 4.0), latency=3.0)
+    waits = spans(simulate(schedule, slow, early=True))
+    assert waits["1F0"] == (6.0, 7.0)
+    assert waits["(1F1;1B0)OVERLAP_F_B"] == (7.0, 14.0), "its F arrives at 9, under its B"
+
+
 def test_the_turn_of_a_v_sends_nothing() -> None:
     timeline = simulate(read_csv("0F0,1F0,1B0,0B0\n"), dataclasses.replace(uniform(2), latency=9.0))
     assert timeline.makespan == 6.0
@@ -94,6 +107,7 @@ def test_what_every_simulation_obeys(name: str, half: int, data: st.DataObject) 
                 ready, where = next(end[a] for a in alternatives if a in end)
                 assert span.start >= ready + (delay if where != rank else 0) - 1e-9
     assert min(timeline.idle) >= -1e-9
+    assert simulate(schedule, costs, early=True).makespan <= timeline.makespan + 1e-9
     faster = simulate(schedule, dataclasses.replace(costs, latency=0.0))
     assert faster.makespan <= timeline.makespan
 

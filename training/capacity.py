@@ -22,6 +22,7 @@ from parallel.grads import mirrors
 from parallel.memory import predict
 from parallel.mesh import Layout, Mesh
 from training.config import Config
+from training.plan import stage_sizes
 
 LARGEST = 2**31  # of any size in the configuration: torch counts elements in 64 bits, and sizes are multiplied
 
@@ -37,9 +38,7 @@ def check_sizes(config: Config) -> None:
 def build_on_meta(config: Config, layout: Layout, schedule: Schedule, rank: int) -> dict[int, ModelStage]:
     """A rank's stages with shapes only. Raises ValueError if a tensor has more elements than can be counted."""
     precision, dtype = make_precision(config.precision, here=False)
-    options = BuildOptions(
-        param_dtype=dtype, device="meta", layers_per_stage=tuple(config.parallel.layers_per_stage) or None
-    )
+    options = BuildOptions(param_dtype=dtype, device="meta", layers_per_stage=stage_sizes(config, schedule))
     mesh = Mesh(layout, rank, None, None, None, None, None)
     try:
         return build_stages(config.model, schedule, mesh, precision, options, WeightGradQueue())

@@ -35,7 +35,8 @@ class ParallelConfig:
     pp: int = 2  # pipeline ranks
     ep: int = 1  # ranks that share a layer's routed experts; divides the data-parallel ranks
     order: str = "pp_across_nodes"  # pp_across_nodes | ep_across_nodes: which of the two may leave a node
-    layers_per_stage: list[int] = field(default_factory=list)  # [] = equal
+    layers_per_stage: list[int] = field(default_factory=list)  # [] = as split says
+    split: str = "equal"  # equal | costs: cut the model so that ranks have equal work, by schedule.costs
     placement: str = "in_order"  # in_order | loads: experts over the EP ranks by the loads recorded in the checkpoint
     overlap: str = "auto"  # auto: hide communication where the schedule has pairs | on: it must have pairs | off
     dispatch: str = "all_to_all"  # all_to_all | hierarchical | deep_ep: what carries tokens to their experts
@@ -46,6 +47,9 @@ class ParallelConfig:
 class ScheduleConfig:
     name: str = "dualpipe"
     micro_batches: int = 4  # per pipeline and step; more of them = gradient accumulation
+    costs: str | None = None  # what layers cost: a file of `python -m training.measure`; null = by counting products
+    max_activations: float = 0.0  # for auto: memory per rank in stages × micro-batches; 0 = PP + 1, as DualPipe
+    effort: int = 300_000  # for auto: how long to search; a million is about four seconds
 
 
 @dataclass
@@ -112,6 +116,8 @@ class Config:
     keep_last: int = 2  # checkpoints
     keep_every: int = 0  # also keep those whose step is a multiple of this; 0 = none
     log_every: int = 10
+    trace: bool = False  # record when each rank does what: bubble as a metric, a picture, a trace for Perfetto
+    trace_every: int = 25  # steps between recorded ones
     sample_tokens: int = 160  # length of the text sample at the end; 0 = none
 
 

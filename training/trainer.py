@@ -24,7 +24,7 @@ from model.balance import Balance
 from model.batch import MicroBatch
 from model.precisions import make_precision
 from model.sampling import Sampling
-from parallel.build import BuildOptions, Replica, build_replica, with_micro_batches
+from parallel.build import BuildOptions, Replica, build_replica, with_schedule
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import Layout, Mesh
 from parallel.saved import CheckpointError, RunState, has_average, list_checkpoints, read_run_state, step_of
@@ -44,6 +44,7 @@ from training.live_sample import sample_live
 from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_update
 from training.placement import order_experts
+from training.plan import schedule_for, stage_sizes
 from training.profile import StepProfiler
 from training.recipe import batch_at, factor_at, value_at
 from training.resume import find_resume_point
@@ -51,6 +52,7 @@ from training.run_dir import check_writable
 from training.run_logging import make_logger
 from training.step import StepResult, evaluate, train_step
 from training.stop import RunStopped, StopRequest
+from training.trace import Trace
 from training.validate import nodes_of, resolve_device, validate
 
 SAMPLE_PROMPT = "import "
@@ -88,7 +90,7 @@ class Job:
             seed=c.seed,
             param_dtype=make_precision(c.precision)[1],
             device=self.device,
-            layers_per_stage=tuple(c.parallel.layers_per_stage) or None,
+            layers_per_stage=stage_sizes(c, self.schedule),
             overlap=c.parallel.overlap != "off",
             compile=c.compile == "on",
             dispatch=c.parallel.dispatch,
@@ -165,6 +167,7 @@ class Trainer:
             expert_loads = self._resume(job.resume)
         self.replicas = {job.config.schedule.micro_batches: self.replica}  # by micro-batches per step
         self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
+        self.trace = Trace(job.config.trace_every if job.config.trace else 0, mesh, job.run_dir / "trace")
         self.writer = CheckpointWriter(job.checkpoints, mesh, job.config.keep_last, job.config.keep_every)
         self.profiler = StepProfiler(job.config.profile, mesh, job.run_dir / "profile", job.device)
         self.logger, self.wandb = CompositeLogger([]), None
@@ -238,6 +241,7 @@ class Trainer:
         lr = learning_rate(config.optim, self.step, config.steps) if lr is None else lr
         loss = replace(config.loss, mtp_weight=config.loss.mtp_weight * factor_at(config.recipe.mtp_weight, clock))
         clip, gamma, replica = config.optim.clip, bias_rate(config.balance, clock), self._replica(plan)
+        self.trace.begin(self.step + 1, replica)
         with self.profiler.step(replica, self.update):
             result = train_step(replica, self.update, batch, lr, clip, gamma, loss, self.guard.limit)
         if self.average is not None and not result.skipped:
@@ -246,7 +250,9 @@ class Trainer:
         self.samples += plan.global_batch_size
         self.tokens += plan.global_batch_size * config.data.seq_len
         balance = {"balance/bias_rate": gamma, **self.balance.after_step(self.step, result.counts)}
-        self.logger.log(self.step, {**self._metrics(result, lr, plan, time.perf_counter() - started), **balance})
+        seconds = time.perf_counter() - started
+        traced = self.trace.end(self.step, replica, self.logger)
+        self.logger.log(self.step, {**self._metrics(result, lr, plan, seconds), **balance, **traced})
         if self.guard.note(result.grad_norm, result.skipped):
             self._recover(replica, batch)
 
@@ -292,7 +298,9 @@ class Trainer:
         """With a pipeline for this many micro-batches."""
         count = plan.num_micro_batches
         if count not in self.replicas:
-            self.replicas[count] = with_micro_batches(self.replica, count)
+            self.replicas[count] = with_schedule(
+                self.replica, schedule_for(self.job.config, count, self.replica.schedule)
+            )
         return self.replicas[count]
 
     def _validate(self) -> float:

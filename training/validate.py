@@ -5,6 +5,7 @@ Every message names the override that mends it.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -12,7 +13,6 @@ import re
 import torch
 
 from dualpipe.schedule import Pair, Schedule
-from dualpipe.schedules import SCHEDULES, make_schedule
 from model.balance import FORCES
 from model.config import split_layers
 from model.precisions import make_precision
@@ -22,6 +22,7 @@ from parallel.mesh import Layout
 from parallel.zero import check_deepspeed
 from training.capacity import check_sizes
 from training.config import Config
+from training.plan import choose_schedule, schedule_for, stage_sizes
 from training.recipe import check_pieces, check_ramp
 from training.tensorboard import check_tensorboard
 
@@ -54,13 +55,13 @@ def validate(config: Config, world: int, here: bool = True) -> tuple[Layout, Sch
     if config.optim.zero and config.precision.name == "fp64":
         raise ValueError("optim.zero=1 keeps FP32 masters; precision=fp64 needs optim.zero=0")
     layout = Layout(world, parallel.pp, parallel.ep, parallel.order)  # before the schedule: a huge PP ends here
-    schedule = _schedule(config)
+    schedule = choose_schedule(config)
     if config.model.num_experts % config.parallel.ep:
         raise ValueError(
             f"model.num_experts={config.model.num_experts} is not divisible by parallel.ep={config.parallel.ep}; "
             f"change one of them"
         )
-    split_layers(config.model, schedule.num_stages, config.parallel.layers_per_stage)
+    split_layers(config.model, schedule.num_stages, stage_sizes(config, schedule))
     mirrors(schedule)
     has_pairs = any(isinstance(step, Pair) for row in schedule.steps for step in row)
     if parallel.overlap == "on" and not has_pairs:
@@ -69,7 +70,7 @@ def validate(config: Config, world: int, here: bool = True) -> tuple[Layout, Sch
             f"parallel.overlap=auto, or schedule=dualpipe"
         )
     nodes_of(config, layout, here)
-    _check_ramp(config, layout)
+    _check_ramp(config, layout, schedule)
     if config.data.path is not None and not os.path.exists(config.data.path):
         raise ValueError(f"data.path={config.data.path} does not exist; give a folder or a file of text")
     return layout, schedule
@@ -99,24 +100,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _schedule(config: Config) -> Schedule:
-    if config.schedule.name not in SCHEDULES:
-        raise ValueError(f"schedule.name={config.schedule.name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-    try:
-        return make_schedule(config.schedule.name, config.parallel.pp, config.schedule.micro_batches)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} (parallel.pp={config.parallel.pp}, schedule.micro_batches={config.schedule.micro_batches}; "
-            f"change one of them, or schedule)"
-        ) from error
-
-
-def _check_ramp(config: Config, layout: Layout) -> None:
+def _check_ramp(config: Config, layout: Layout, schedule: Schedule) -> None:
     """Every size of a growing batch must suit the schedule."""
     unit = config.data.micro_batch_size * layout.dp
     for micro_batches in check_ramp(config.recipe, config.schedule.micro_batches * unit, unit):
         try:
-            make_schedule(config.schedule.name, config.parallel.pp, micro_batches)
+            schedule_for(config, micro_batches, schedule)
         except ValueError as error:
             raise ValueError(
                 f"{error}: recipe.batch_start and recipe.batch_increment lead to {micro_batches} micro-batches of "
@@ -125,7 +114,7 @@ def _check_ramp(config: Config, layout: Layout) -> None:
 
 
 def _check_numbers(config: Config) -> None:
-    at_least_one = ("steps", "eval_every", "save_every", "keep_last", "log_every")
+    at_least_one = ("steps", "eval_every", "save_every", "keep_last", "log_every", "trace_every")
     limits = [(name, getattr(config, name), 1, math.inf) for name in at_least_one] + [
         ("sample_tokens", config.sample_tokens, 0, math.inf),
         ("keep_every", config.keep_every, 0, math.inf),
@@ -141,6 +130,8 @@ def _check_numbers(config: Config) -> None:
         ("launch.device_gib", config.launch.device_gib, 1, 65_536),
         ("launch.threads", config.launch.threads, 0, 4096),
         ("schedule.micro_batches", config.schedule.micro_batches, 1, MAX_MICRO_BATCHES),
+        ("schedule.max_activations", config.schedule.max_activations, 0, 1e6),
+        ("schedule.effort", config.schedule.effort, 1, 10**9),
         ("parallel.pp", config.parallel.pp, 1, math.inf),
         ("parallel.ep", config.parallel.ep, 1, math.inf),
         ("parallel.ranks_per_node", config.parallel.ranks_per_node, 0, math.inf),
@@ -162,6 +153,7 @@ def _check_choices(config: Config) -> None:
     choices = [
         ("parallel.overlap", config.parallel.overlap, ("auto", "on", "off")),
         ("compile", config.compile, ("on", "off")),
+        ("parallel.split", config.parallel.split, ("equal", "costs")),
         ("parallel.placement", config.parallel.placement, ("in_order", "loads")),
         ("logger.name", config.logger.name, ("wandb", "tensorboard", "wandb+tensorboard", "none")),
         ("logger.mode", config.logger.mode, ("offline", "online")),
@@ -179,6 +171,8 @@ def _check_choices(config: Config) -> None:
 def _check_machine(config: Config) -> None:
     """Does this machine have what is asked for?"""
     resolve_device(config.launch.device)
+    if config.trace and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("trace=true draws pictures, which need matplotlib: pip install matplotlib")
     if "tensorboard" in config.logger.name:
         check_tensorboard()
     if config.optim.zero:

@@ -1,0 +1,84 @@
+"""Which schedule a run follows, and where it cuts the model: by name, or by what the layers cost.
+
+Both are functions of the configuration alone, so every rank comes to the same without asking.
+"""
+
+from __future__ import annotations
+
+from dualpipe.auto import search
+from dualpipe.costs import Costs
+from dualpipe.schedule import Pair, Schedule
+from dualpipe.schedules import SCHEDULES, make_schedule
+from model.config import split_layers
+from training.config import Config
+from training.work import work_of
+
+AUTO = "auto"
+
+
+def choose_schedule(config: Config) -> Schedule:
+    """The schedule that the configuration asks for. Raises ValueError, naming the overrides, if there is none."""
+    name, sizes = config.schedule.name, (config.parallel.pp, config.schedule.micro_batches)
+    if name != AUTO and name not in SCHEDULES:
+        raise ValueError(f"schedule.name={name!r} is unknown; choose one of {', '.join((*SCHEDULES, AUTO))}")
+    try:
+        return _search(config, sizes[1], None) if name == AUTO else make_schedule(name, *sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (parallel.pp={sizes[0]}, schedule.micro_batches={sizes[1]}; change one of them, or schedule)"
+        ) from error
+
+
+def schedule_for(config: Config, micro_batches: int, like: Schedule) -> Schedule:
+    """The schedule for another number of micro-batches, on the placement of `like`."""
+    if config.schedule.name == AUTO:
+        return _search(config, micro_batches, like)
+    return make_schedule(config.schedule.name, config.parallel.pp, micro_batches)
+
+
+def stage_sizes(config: Config, schedule: Schedule) -> tuple[int, ...] | None:
+    """Layers per stage: as listed, or so that ranks have equal work; None: equal."""
+    if config.parallel.layers_per_stage:
+        return tuple(config.parallel.layers_per_stage)
+    if config.parallel.split == "equal":
+        return None
+    mirrored = any(len(schedule.stages_of(rank)) > 1 for rank in range(schedule.num_ranks))
+    mirrored = mirrored and all(
+        set(schedule.stages_of(rank)) == {schedule.num_stages - 1 - s for s in schedule.stages_of(rank)}
+        for rank in range(schedule.num_ranks)
+    )
+    pairs = any(isinstance(step, Pair) for row in schedule.steps for step in row)
+    return work_of(config).balanced(schedule.num_stages, mirrored, pairs)
+
+
+def stage_costs(config: Config, schedule: Schedule) -> Costs:
+    """What the stages of a schedule cost."""
+    layers = split_layers(config.model, schedule.num_stages, stage_sizes(config, schedule))
+    return work_of(config).stages([len(r) for r in layers])
+
+
+def _search(config: Config, micro_batches: int, like: Schedule | None) -> Schedule:
+    pp, given = config.parallel.pp, config.parallel.layers_per_stage
+    if given and len(given) not in (pp, 2 * pp):
+        raise ValueError(f"parallel.layers_per_stage={given}: schedule=auto takes PP or 2·PP stages")
+    work = work_of(config)
+    cuts = []
+    for num_stages in (pp, 2 * pp):
+        if (given and len(given) != num_stages) or num_stages > config.model.num_layers:
+            continue
+        if given or config.parallel.split == "equal":
+            sizes = tuple(len(r) for r in split_layers(config.model, num_stages, given))
+        else:
+            sizes = work.balanced(num_stages, mirrored=True)
+        cuts.append(work.stages(sizes))
+    if not cuts:
+        raise ValueError(f"model.num_layers={config.model.num_layers} cannot fill {pp} stages")
+    found = search(
+        pp,
+        micro_batches,
+        cuts,
+        config.schedule.max_activations or None,
+        placement=None if like is None else like.placement,
+        effort=config.schedule.effort,
+    )
+    return found.schedule
