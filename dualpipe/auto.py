@@ -81,12 +81,13 @@ def search(
     ]
     if not problems:
         raise ValueError(f"placement={placement} does not suit {num_ranks} ranks and {num_micro_batches} micro-batches")
-    placements = {problem.placement for problem in problems}
     known = [
         f
         for cut in cuts
         for f in known_schedules(num_ranks, num_micro_batches, cut)
-        if f.activations <= cap and f.schedule.placement in placements
+        if f.activations <= cap
+        and (bidirectional or f.schedule.num_directions == 1)
+        and placement in (None, f.schedule.placement)
     ]
     found = known + _climb(problems, known, effort // 2, seed)
     if not found:

@@ -85,7 +85,7 @@ def test_split_by_costs_is_more_even_than_equal_layers() -> None:
         schedule = choose_schedule(config)
         return max(simulate(schedule, stage_costs(config, schedule)).busy)
 
-    for name in ("dualpipe", "one_f_one_b", "zbv"):
+    for name in ("dualpipe", "one_f_one_b"):
         line = f"schedule={name} {DEEP}"
         assert heaviest(f"{line} parallel.split=costs") < 0.97 * heaviest(line), name
     config = compose(f"schedule=dualpipe {DEEP} parallel.split=costs parallel.layers_per_stage=[3,2,2,2]")

@@ -42,13 +42,16 @@ def stage_sizes(config: Config, schedule: Schedule) -> tuple[int, ...] | None:
         return tuple(config.parallel.layers_per_stage)
     if config.parallel.split == "equal":
         return None
-    mirrored = any(len(schedule.stages_of(rank)) > 1 for rank in range(schedule.num_ranks))
-    mirrored = mirrored and all(
-        set(schedule.stages_of(rank)) == {schedule.num_stages - 1 - s for s in schedule.stages_of(rank)}
-        for rank in range(schedule.num_ranks)
-    )
+    if config.schedule.name == AUTO:  # as it was searched for
+        return work_of(config).balanced(schedule.num_stages, mirrored=True)
     pairs = any(isinstance(step, Pair) for row in schedule.steps for step in row)
-    return work_of(config).balanced(schedule.num_stages, mirrored, pairs)
+    return work_of(config).balanced(schedule.num_stages, _mirrored(schedule), pairs)
+
+
+def _mirrored(schedule: Schedule) -> bool:
+    """Does every rank hold a stage and its mirror?"""
+    held = [schedule.stages_of(rank) for rank in range(schedule.num_ranks)]
+    return all(len(stages) == 2 and sum(stages) == schedule.num_stages - 1 for stages in held)
 
 
 def stage_costs(config: Config, schedule: Schedule) -> Costs:
