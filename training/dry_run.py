@@ -38,6 +38,7 @@ from parallel.mesh import Layout, Mesh
 from parallel.rehearsal import PaperDispatcher, Rehearsal, peak_bytes, rehearse
 from parallel.traffic import Nodes, Spread, Tokens, Traffic, expert_bytes, gradient_bytes, pipeline_bytes, spread_of
 from training.config import Config
+from training.plan import stage_sizes
 from training.validate import nodes_of, ranks_per_node, validate
 
 MOST_TOKENS = 2**18  # of a micro-batch; beyond, even going through its shapes takes minutes
@@ -129,7 +130,7 @@ def _rank(config: Config, layout: Layout, schedule: Schedule, pp: int, spread: S
     options = BuildOptions(
         param_dtype=dtype,
         device="meta",
-        layers_per_stage=tuple(config.parallel.layers_per_stage) or None,
+        layers_per_stage=stage_sizes(config, schedule),
         overlap=config.parallel.overlap != "off",
         timeout=timeout,
     )

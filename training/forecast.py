@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean as mean
 
-from dualpipe.schedules import make_schedule
 from dualpipe.simulator import simulate
 from dualpipe.split import ModelWork, Work
 from dualpipe.table import format_table
@@ -18,6 +17,7 @@ from parallel.rehearsal import Rehearsal
 from training.config import Config
 from training.dry_run import Plan, RankPlan, costs_of, make_plan
 from training.outcome import BAD_CONFIG, DONE
+from training.plan import schedule_for
 
 MOST_ROWS = 32
 LONG_BUBBLE = 0.1  # of all ranks' time
@@ -232,7 +232,7 @@ def stage_flops(plan: Plan) -> Sequence[float]:
 
 def _bubble_at(plan: Plan, micro_batches: int) -> float:
     """The bubble with another number of micro-batches."""
-    schedule = make_schedule(plan.schedule.name, plan.schedule.num_ranks, micro_batches)
+    schedule = schedule_for(plan.config, micro_batches, plan.schedule)
     return simulate(schedule, costs_of(plan.rehearsals)).bubble
 
 
