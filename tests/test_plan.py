@@ -39,15 +39,16 @@ def test_no_cut_is_more_even(mirrored: bool) -> None:
         times = [rng.choice((0.5, 1.0, rng.random())) for _ in range(rng.randint(stages, 10))]
         first, last = rng.random(), 2 * rng.random()
 
-        def heaviest(sizes: tuple[int, ...], times: list[float] = times, ends: Any = (first, last)) -> float:
+        def judge(sizes: tuple[int, ...], times: list[float] = times, ends: Any = (first, last)) -> tuple[float, float]:
             parts = iter(times)
             loads = [sum(itertools.islice(parts, size)) for size in sizes]
             loads[0], loads[-1] = loads[0] + ends[0], loads[-1] + ends[1]
-            return max(a + b for a, b in zip(loads, loads[::-1], strict=True)) if mirrored else max(loads)
+            sums = max(a + b for a, b in zip(loads, loads[::-1], strict=True)) if mirrored else 0.0
+            return round(max(loads), 9), sums
 
         sizes = balanced_sizes(times, stages, first, last, mirrored)
         assert (sum(sizes), len(sizes), min(sizes) > 0) == (len(times), stages, True)
-        assert heaviest(sizes) == pytest.approx(min(map(heaviest, all_sizes(len(times), stages))))
+        assert judge(sizes) == pytest.approx(min(map(judge, all_sizes(len(times), stages))))
 
 
 def test_the_costs_of_stages_are_those_of_their_layers() -> None:
@@ -79,15 +80,15 @@ def test_auto_is_never_slower_than_dualpipe_at_the_models_costs() -> None:
     assert ours <= simulate(dualpipe, stage_costs(named, dualpipe)).makespan
 
 
-def test_split_by_costs_is_more_even_than_equal_layers() -> None:
-    def heaviest(line: str) -> float:
+def test_split_by_costs_is_faster_than_equal_layers() -> None:
+    def makespan(line: str) -> float:
         config = compose(line)
         schedule = choose_schedule(config)
-        return max(simulate(schedule, stage_costs(config, schedule)).busy)
+        return simulate(schedule, stage_costs(config, schedule)).makespan
 
-    for name in ("dualpipe", "one_f_one_b"):
+    for name in ("dualpipe", "one_f_one_b", "zbv", f"auto {QUICK}"):
         line = f"schedule={name} {DEEP}"
-        assert heaviest(f"{line} parallel.split=costs") < 0.97 * heaviest(line), name
+        assert makespan(f"{line} parallel.split=costs") <= (1.0 if name == "zbv" else 0.97) * makespan(line), name
     config = compose(f"schedule=dualpipe {DEEP} parallel.split=costs parallel.layers_per_stage=[3,2,2,2]")
     assert stage_sizes(config, choose_schedule(config)) == (3, 2, 2, 2), "a list says more"
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dualpipe.auto import search
 from dualpipe.costs import Costs
-from dualpipe.schedule import Pair, Schedule
+from dualpipe.schedule import Schedule
 from dualpipe.schedules import SCHEDULES, make_schedule
+from dualpipe.simulator import simulate
 from model.config import split_layers
 from training.config import Config
 from training.work import work_of
@@ -42,10 +43,28 @@ def stage_sizes(config: Config, schedule: Schedule) -> tuple[int, ...] | None:
         return tuple(config.parallel.layers_per_stage)
     if config.parallel.split == "equal":
         return None
-    if config.schedule.name == AUTO:  # as it was searched for
-        return work_of(config).balanced(schedule.num_stages, mirrored=True)
-    pairs = any(isinstance(step, Pair) for row in schedule.steps for step in row)
-    return work_of(config).balanced(schedule.num_stages, _mirrored(schedule), pairs)
+    if config.schedule.name == AUTO:
+        schedule = _stand_in(config, schedule.num_stages)
+    return _fastest_cut(config, schedule)
+
+
+def _fastest_cut(config: Config, schedule: Schedule) -> tuple[int, ...]:
+    """Of the equal cut and two balanced ones, the fastest in the simulator."""
+    work, num_stages = work_of(config), schedule.num_stages
+    cuts = [tuple(len(layers) for layers in split_layers(config.model, num_stages))]
+    cuts += [work.balanced(num_stages, _mirrored(schedule), pairs) for pairs in (True, False)]
+    return min(cuts, key=lambda sizes: simulate(schedule, work.stages(sizes)).makespan)
+
+
+def _stand_in(config: Config, num_stages: int) -> Schedule:
+    """A known schedule to choose the cut by, before one is searched for at its costs."""
+    pp, micro_batches = config.parallel.pp, config.schedule.micro_batches
+    if num_stages == 2 * pp:
+        return make_schedule("zbv", pp, micro_batches)
+    try:
+        return make_schedule("dualpipe", pp, micro_batches)
+    except ValueError:
+        return make_schedule("gpipe", pp, micro_batches)
 
 
 def _mirrored(schedule: Schedule) -> bool:
@@ -72,7 +91,7 @@ def _search(config: Config, micro_batches: int, like: Schedule | None) -> Schedu
         if given or config.parallel.split == "equal":
             sizes = tuple(len(r) for r in split_layers(config.model, num_stages, given))
         else:
-            sizes = work.balanced(num_stages, mirrored=True)
+            sizes = _fastest_cut(config, _stand_in(config, num_stages))
         cuts.append(work.stages(sizes))
     if not cuts:
         raise ValueError(f"model.num_layers={config.model.num_layers} cannot fill {pp} stages")
