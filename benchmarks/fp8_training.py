@@ -1,10 +1,11 @@
 """Does training in FP8 reach the loss of BF16? The report's check (3.3, appendix B.1) at the size of a laptop.
 
-    .venv/bin/python -m benchmarks.fp8_training run tiny fp8       # one run; all of them take hours
+    .venv/bin/python -m benchmarks.fp8_training run tiny fp8 [SEED]   # one run of 1,000 steps: 10 minutes or more
     .venv/bin/python -m benchmarks.fp8_training report             # table and picture of the runs that are there
 
-Every run of a model starts from the same weights and reads the same text in the same order; only the precision
+Runs of a model and seed start from the same weights and read the same text in the same order; only the precision
 differs. The text is read less than once, so the training loss is an honest measure. Adam's moments are BF16 in all.
+The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone: the noise of the comparison
@@ -16,7 +17,10 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+
+from benchmarks.report import Row, publish
 
 RUNS = Path("runs/fp8_training")
 STEPS = 1000
@@ -39,6 +43,8 @@ VARIANTS = {
     "blocks": "precision=fp8 precision.gradient_blocks=true",
     "fp32": "precision=fp32",
 }
+COLORS = {"bf16": "black", "fp8": "tab:red", "blocks": "tab:blue", "fp32": "tab:green"}
+SEEDS = ("0", "1", "2", "3")
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,9 @@ class Losses:
     val: dict[int, float]
 
     @staticmethod
-    def read(model: str, variant: str) -> Losses | None:
+    def read(model: str, variant: str, seed: str) -> Losses | None:
         """None if that run is not there or not finished."""
-        path = RUNS / f"{model}-{variant}" / "metrics.jsonl"
+        path = RUNS / f"{model}-{variant}-{seed}" / "metrics.jsonl"
         if not path.exists():
             return None
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -68,3 +74,66 @@ def run(model: str, variant: str, seed: str = "0") -> None:
     name = f"{model}-{variant}-{seed}"
     words = f"{COMMON} seed={seed} {MODELS[model]} {VARIANTS[variant]} steps={STEPS} runs_dir={RUNS} run={name}"
     subprocess.run([sys.executable, "train.py", *words.split()], check=True)
+
+
+def report() -> None:
+    """Table and picture of the finished runs."""
+    rows = []
+    for model in MODELS:
+        for variant in VARIANTS:
+            for seed in SEEDS:
+                ours, bf16 = Losses.read(model, variant, seed), Losses.read(model, "bf16", seed)
+                if variant == "bf16" or ours is None or bf16 is None:
+                    continue
+                case = f"{model}, {variant}, seed {seed}"
+                for end in (400, 600, 800, STEPS):
+                    name = f"{case}, steps {end - WINDOW + 1}-{end}"
+                    rows.append(Row(name, "loss", ours.smoothed(end), "bf16", bf16.smoothed(end)))
+                rows.append(Row(f"{case}, step {STEPS}", "validation loss", ours.val[STEPS], "bf16", bf16.val[STEPS]))
+    publish("fp8_training", rows)
+    draw(Path("docs/images/fp8_training.png"))
+
+
+def draw(path: Path) -> None:
+    """Losses above, differences from BF16 below; one column for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = [m for m in MODELS if Losses.read(m, "bf16", "0") is not None]
+    figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 5.5), sharex=True, squeeze=False)
+    ends = range(WINDOW, STEPS + 1, 10)
+    for column, model in enumerate(models):
+        above, below = axes[:, column]
+        for (variant, color), seed in product(COLORS.items(), SEEDS):
+            ours, bf16 = Losses.read(model, variant, seed), Losses.read(model, "bf16", seed)
+            if ours is None or bf16 is None:
+                continue
+            label = variant if seed == "0" else None
+            above.plot(ends, [ours.smoothed(e) for e in ends], color=color, label=label, linewidth=1)
+            if variant != "bf16":
+                percent = [100 * (ours.smoothed(e) / bf16.smoothed(e) - 1) for e in ends]
+                below.plot(ends, percent, color=color, linewidth=1)
+        below.axhspan(-0.25, 0.25, color="0.9")
+        above.set_title(f"{model}: training loss, mean of {WINDOW} steps")
+        below.set_title("difference from BF16 in % (grey: the report's 0.25)")
+        below.set_xlabel("step")
+        above.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["run", model, variant, *seed] if model in MODELS and variant in VARIANTS and len(seed) <= 1:
+            run(model, variant, *seed)
+        case ["report"]:
+            report()
+        case _:
+            models, variants = "|".join(MODELS), "|".join(VARIANTS)
+            sys.exit(f"usage: python -m benchmarks.fp8_training run {models} {variants} [SEED] | report")
+
+
+if __name__ == "__main__":
+    main()
