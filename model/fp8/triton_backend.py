@@ -1,4 +1,4 @@
-"""The Triton backend: our own kernels behind the FP8 protocol, for NVIDIA GPUs from compute capability 8.9 on.
+"""The Triton backend: our own kernels behind the FP8 protocol, for NVIDIA's Hopper and Blackwell GPUs.
 
 Not run on a GPU so far. tests/test_triton.py runs every kernel in Triton's interpreter against the reference backend,
 and compiles every kernel for Hopper and Blackwell, where it finds the FP8 tensor-core instruction and no spilled
@@ -34,10 +34,10 @@ class TritonBackend:
                 "precision.backend=triton needs an NVIDIA GPU, and there is none; use precision.backend=reference, or "
                 "set TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter (very slow)"
             )
-        if (capability := torch.cuda.get_device_capability()) < (8, 9):
+        if (capability := torch.cuda.get_device_capability())[0] not in (9, 10):
             raise ValueError(
-                f"precision.backend=triton needs compute capability 8.9 or later; {torch.cuda.get_device_name()} has "
-                f"{capability}; use precision=bf16"
+                f"precision.backend=triton is compiled for Hopper and Blackwell (compute capability 9 and 10) only; "
+                f"{torch.cuda.get_device_name()} has {capability}; use precision=bf16"
             )
 
     def quantize(self, x_TK: Tensor, power_of_two: bool = False) -> Quantized:

@@ -1,7 +1,7 @@
 """What every Triton kernel here needs: the scale of a tile, and the rounding to E4M3.
 
-The kernels run on NVIDIA GPUs from compute capability 8.9 on, and under Triton's interpreter (TRITON_INTERPRET=1 in the
-environment before the import), which runs them on CPU tensors, slowly: that is how they are tested.
+The kernels are for Hopper and Blackwell, which round FP32 to E4M3 in one instruction. Triton's interpreter
+(TRITON_INTERPRET=1 in the environment before the import) runs them on CPU tensors, slowly: that is how they are tested.
 """
 
 from __future__ import annotations
