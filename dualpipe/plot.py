@@ -40,7 +40,7 @@ PALEST = 0.55  # strength of the palest shade of a colour; 1 is the colour itsel
 
 ROW = 0.42  # inches per rank
 CELL = 0.30  # inches per forward, as far as WIDEST allows
-NARROWEST, WIDEST = 7.0, 44.0  # inches
+NARROWEST, WIDEST = 9.6, 44.0  # inches; the legend needs room
 DIGIT = 0.085  # inches of width that one digit needs
 
 

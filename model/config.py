@@ -108,8 +108,8 @@ def split_layers(config: ModelConfig, num_stages: int, layers_per_stage: Sequenc
             or min(layers_per_stage) < 1
         ):
             raise ValueError(
-                f"parallel.layers_per_stage={list(layers_per_stage)} must be {num_stages} positive numbers that add up to "
-                f"model.num_layers={config.num_layers}"
+                f"parallel.layers_per_stage={list(layers_per_stage)} must be {num_stages} positive numbers that add up "
+                f"to model.num_layers={config.num_layers}"
             )
         sizes = list(layers_per_stage)
     else:

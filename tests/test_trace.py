@@ -70,7 +70,7 @@ def test_a_run_records_its_timeline_as_metrics_picture_and_trace(tmp_path: Path)
     ]
     events = json.loads((folder / "step_00000004.json").read_text())["traceEvents"]
     names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert {"step 4, auto, measured rank 0", "step 4, auto, predicted at the same costs rank 1"} <= names
+    assert {"auto, step 4, measured rank 0", "auto, step 4, predicted rank 1"} <= names
     steps = [e for e in events if e.get("cat") == COMPUTE]
     assert len(steps) % 2 == 0 and len({e["name"] for e in steps}) == len(steps) // 2, "the same steps, twice"
     assert any(row.get("trace") == str(folder / "step_00000002.png") for row in rows)

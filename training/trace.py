@@ -47,7 +47,7 @@ class Trace:
         spans = self._gather(replica.pipeline.spans)
         if self._mesh.rank:
             return {}
-        measured, predicted = timelines(spans, replica.schedule, f"step {step}, {replica.schedule.name}")
+        measured, predicted = timelines(spans, replica.schedule, f"{replica.schedule.name}, step {step}")
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step_{step:08d}.json"
         path.write_text(to_perfetto([measured, predicted], microseconds=1e6), encoding="utf-8")
@@ -76,4 +76,4 @@ def timelines(spans: list[Span], schedule: Schedule, name: str) -> tuple[Timelin
     measured = Timeline(f"{name}, measured", schedule.num_ranks, tuple(spans))
     costs = costs_of(measured, schedule.num_stages)
     simulated = simulate(schedule, costs)
-    return measured, Timeline(f"{name}, predicted at the same costs", schedule.num_ranks, simulated.spans)
+    return measured, Timeline(f"{name}, predicted", schedule.num_ranks, simulated.spans)
