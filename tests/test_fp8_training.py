@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import parallel.dispatch
+from benchmarks.fp8 import kept_by_a_layer
 from dualpipe.schedules import make_schedule
 from model.fp8.quantize import quantize_tiles
 from model.fp8.reference import ReferenceBackend
@@ -229,6 +230,11 @@ def test_inputs_of_linears_and_swiglus_are_kept_in_half_of_the_bytes() -> None:
     assert sizes["bf16"] == (256 * 896 * 2, 256 * (512 + 256) * 2)
     assert sizes["fp8"][0] <= 0.55 * sizes["bf16"][0]
     assert sizes["fp8"][1] <= 0.36 * sizes["bf16"][1], "the SwiGLU's result is made again, not kept"
+
+
+def test_a_layer_of_deepseek_v3_keeps_six_tenths_of_its_bytes_altogether() -> None:
+    """All that is alive from its forward to its backward, on the meta device: what layers let go is really gone."""
+    assert kept_by_a_layer("fp8") <= 0.6 * kept_by_a_layer("bf16")
 
 
 # -- what travels ------------------------------------------------------------------------------------------------------
