@@ -79,6 +79,9 @@ def test_early_results_leave_when_they_are_there() -> None:
     waits = spans(simulate(schedule, slow, early=True))
     assert waits["1F0"] == (6.0, 7.0)
     assert waits["(1F1;1B0)OVERLAP_F_B"] == (7.0, 14.0), "its F arrives at 9, under its B"
+    slower = spans(simulate(schedule, dataclasses.replace(slow, forward=(9.0, 1.0)), early=True))
+    assert slower["(1F1;1B0)OVERLAP_F_B"] == (15.0, 22.0), "B from 13 to 19, F from its arrival at 21 to 22"
+    assert slower["0B0"][0] == 18.0, "its gradient left at 15"
 
 
 def test_the_turn_of_a_v_sends_nothing() -> None:
