@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import from_hydra, register_schemas
+from training.outcome import BAD_CONFIG, end_on_purpose
 from training.sweep import JobFailed, run_job
 
 register_schemas()
@@ -55,4 +56,4 @@ if __name__ == "__main__":
             raise
         about = "a group, such as precision, takes one name: " if isinstance(error, TypeError) else ""
         print(f"error: {about}{error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(end_on_purpose(BAD_CONFIG))  # the next try would end alike

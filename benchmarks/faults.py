@@ -226,27 +226,38 @@ def nan_after(folder: Path) -> Outcome:
 
 
 def slow(folder: Path) -> Outcome:
-    """Rank 1 is held still for half of the time, 50 ms each, during 20 steps."""
+    """Rank 1 is held still for half of the time, 50 ms each, during 20 steps; log_every=5."""
     run_dir = folder / "slow"
-    with Job(folder, "slow", LOOP, SCRIPT, TWO_RANKS) as job:
+    with Job(folder, "slow", f"{LOOP} log_every=5", SCRIPT, TWO_RANKS) as job:
         start = when_ready(job, run_dir)
         normal = until(lambda: steps_done(run_dir) >= start + 15) / 15
         start, began, victim = steps_done(run_dir), time.monotonic(), job.rank(1)
+        noticed = None
         while steps_done(run_dir) < start + 20:
             victim.suspend()
             time.sleep(0.05)
             victim.resume()
             time.sleep(0.05)
+            if noticed is None and "slow rank" in job.output:
+                noticed = time.monotonic() - began
         held = (time.monotonic() - began) / 20
         job.finish()
+        said = first("rank 1 computes", job.output) or "nothing"
     same = SAME if losses(run_dir) == losses(folder / "whole") else NOT_SAME
-    return Outcome("slow rank (half speed)", None, 0.0, 0, same, f"fewer tokens/s: a step takes {held / normal:.1f}×")
+    said = f"a step takes {held / normal:.1f}×; {said}"
+    return Outcome("slow rank (held for half of the time)", noticed, 0.0, 0, same, said)
 
 
 FAULTS: dict[str, Callable[[Path], Outcome]] = {
     "sigkill": sigkill, "node": node, "sigstop": sigstop, "sigterm": sigterm, "full_disk": full_disk,
     "flipped": flipped, "truncated": truncated, "missing": missing, "nan": nan, "nan_after": nan_after, "slow": slow,
 }  # fmt: skip
+ORDER = (
+    "SIGKILL of a rank", "SIGKILL of a node", "SIGSTOP of a rank", "SIGTERM", "full disk",
+    "one bit flipped in the newest checkpoint", "shard truncated", "shard missing",
+    "NaN in one rank's gradient, before the sum", "NaN in one rank's gradient, after the sum",
+    "slow rank (held for half of the time)",
+)  # fmt: skip
 NEED_ROOT = ("node", "full_disk")
 
 
@@ -271,7 +282,8 @@ def main() -> None:
     unknown = [name for name in chosen if name not in FAULTS]
     if unknown:
         parser.error(f"unknown faults {', '.join(unknown)}; choose of {', '.join(FAULTS)}")
-    outcomes = []
+    outcomes: list[Outcome] = []
+    measured: list[Outcome] = []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_text(folder)
@@ -283,14 +295,20 @@ def main() -> None:
                 continue
             outcomes.append(FAULTS[name](folder))
             print(table(outcomes[-1:]).splitlines()[-1], flush=True)
-            write(outcomes)
-    print("\n" + table(outcomes))
+            measured = write(outcomes)
+    print("\n" + table(measured))
 
 
-def write(outcomes: list[Outcome]) -> None:
+def write(outcomes: list[Outcome]) -> list[Outcome]:
+    """Put these into the results, in the place of older ones of the same faults; returns all, in the usual order."""
+    path = RESULTS / "faults.json"
+    known = [Outcome(**row) for row in json.loads(path.read_text())["outcomes"]] if path.exists() else []
+    by_name = {outcome.fault: outcome for outcome in (*known, *outcomes)}
+    ordered = sorted(by_name.values(), key=lambda o: ORDER.index(o.fault) if o.fault in ORDER else len(ORDER))
     RESULTS.mkdir(exist_ok=True)
-    data = {"outcomes": [asdict(outcome) for outcome in outcomes], "machine": machine()}
-    (RESULTS / "faults.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data = {"outcomes": [asdict(outcome) for outcome in ordered], "machine": machine()}
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    return ordered
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ class Runtime:
     transport what carries the messages; by default `P2P` over the links.
     lanes     how communication runs beside compute; by default as the device and `overlap` ask (`lanes.py`).
 
-    After a step (not an evaluation), `peak_activations` is how many activations were alive at most, and with
+    After a step (not an evaluation), `peak_activations` is how many activations were alive at most, `busy_seconds` how
+    long the rank did anything but wait for messages (measured if `fill` or `record` is on), and with
     `record = True`, `spans` has a span for every step of the schedule and every wait, in seconds since the step began
     on this rank.
 
@@ -81,6 +82,7 @@ class Runtime:
         self.record = False
         self.spans: list[Span] = []
         self.peak_activations = 0
+        self.busy_seconds = 0.0
         self._stages = stages
         self._schedule = schedule
         self._rank = rank
@@ -162,12 +164,14 @@ class Runtime:
     def _measure(self, row: Sequence[Step], laps: Sequence[Lap]) -> None:
         """Tell the meter how long everything took, and leave the spans."""
         self.spans = []
+        self.busy_seconds = 0.0
         if not (self._fill or self.record):
             return
         place = {step: index for index, step in enumerate(self._training.row)}
         for index, lap in enumerate(laps):
             waited = sum(self._tools.clock.seconds(begin, end) for _, begin, end in lap.waits)
             took = self._tools.clock.seconds(lap.start, lap.end) - waited
+            self.busy_seconds += took
             self._meter.note(lap.step, waited, took, early=index < place[lap.step])
             if self.record:
                 self._leave_spans(laps[0].start, lap, took)

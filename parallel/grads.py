@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dualpipe.schedule import Schedule
 from model.config import ModelConfig
+from parallel.mesh import Layout
 
 
 def mirrors(schedule: Schedule) -> list[list[int]]:
@@ -13,6 +14,12 @@ def mirrors(schedule: Schedule) -> list[list[int]]:
     if sum(len(g) for g in groups) != schedule.num_ranks:
         raise ValueError(f"{schedule.name}: the ranks that share stages do not form separate groups: {sorted(groups)}")
     return [list(g) for g in sorted(groups)]
+
+
+def same_stages(layout: Layout, schedule: Schedule) -> list[list[int]]:
+    """For each rank, the ranks that hold the same stages, itself among them."""
+    groups = {pp: layout.replicas(pps) for pps in mirrors(schedule) for pp in pps}
+    return [groups[layout.pp_of(rank)] for rank in range(layout.world)]
 
 
 def embedding_holders(schedule: Schedule, config: ModelConfig) -> list[int]:

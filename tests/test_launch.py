@@ -70,10 +70,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_bad_configuration_is_not_tried_again(folder: Path) -> None:
-    with Job(folder, "bad", "parallel.ep=3", [str(LAUNCH / "torchrun.sh")], {"NPROC_PER_NODE": "2"}) as job:
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("parallel.ep=3", "error: parallel.ep=3"),
+        ("optim.nokey=1", "error: Could not override 'optim.nokey'"),
+        ("steps=many", "Value 'many' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_a_bad_configuration_is_not_tried_again(folder: Path, overrides: str, message: str) -> None:
+    """Neither what Hydra refuses nor what validation does: one message, and no restart."""
+    with Job(folder, "bad", overrides, [str(LAUNCH / "torchrun.sh")], {"NPROC_PER_NODE": "2"}) as job:
         assert job.torchrun.wait(timeout=120) == 2
-        assert job.output.count("error: parallel.ep=3") == 1, job.output
+        assert job.output.count(message) == 1, job.output
+        assert job.output.count("error: ") == 1 and "Traceback" not in job.output, job.output
 
 
 # -- Slurm -----------------------------------------------------------------------------------------------------------

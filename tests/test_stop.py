@@ -17,7 +17,7 @@ from training.config import Config
 from training.resume import find_resume_point
 from training.stop import Stop, StopRequest
 
-STEPS = 30
+STEPS = 60
 LOOP = f"steps={STEPS} save_every=100 eval_every=10 sample_tokens=0 logger=none"
 
 
@@ -82,8 +82,10 @@ def test_a_stalled_rank_is_given_up_and_the_ranks_start_again(folder: Path) -> N
     overrides = f"{LOOP} save_every=4 launch.timeout_seconds=6"
     environment = {"NPROC_PER_NODE": "2", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     with Job(folder, run_dir.name, overrides, [str(ROOT / "launch" / "torchrun.sh")], environment) as job:
-        job.wait_until(lambda: steps_done(run_dir) >= 6 and bool(checkpoints(run_dir)))
-        job.rank(1).suspend()
+        job.wait_until(lambda: steps_done(run_dir) >= 2)
+        victim = job.rank(1)
+        job.wait_until(lambda: bool(checkpoints(run_dir)))
+        victim.suspend()
         job.wait_until(lambda: "[rank 0] failed in step" in job.output)
         assert steps_done(run_dir) < STEPS, "it was stopped too late to prove anything"
         job.finish()

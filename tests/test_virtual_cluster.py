@@ -54,7 +54,7 @@ def folder(network: VirtualNetwork, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def wait_until(running: VirtualCluster, happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not happened():
         assert time.monotonic() < deadline, f"nothing happened:\n{running.output(0)}\n{running.output(1)}"
         time.sleep(0.02)
@@ -76,7 +76,7 @@ def test_a_lost_node_comes_back_and_the_run_goes_on_bit_for_bit(
             assert running.codes()[1] != 0
             running.start(1)
         running.start(node)
-        codes = running.wait(240)
+        codes = running.wait(600)
         said = running.output(0) + running.output(1)
     assert codes == {0: 0, 1: 0}, said
     assert losses(run_dir) == losses(folder / "whole")

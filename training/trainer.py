@@ -25,7 +25,7 @@ from model.batch import MicroBatch
 from model.precisions import make_precision
 from model.sampling import Sampling
 from parallel.build import BuildOptions, Replica, build_replica, with_schedule
-from parallel.grads import embedding_holders, mirrors
+from parallel.grads import embedding_holders, mirrors, same_stages
 from parallel.mesh import Layout, Mesh
 from parallel.saved import CheckpointError, RunState, has_average, list_checkpoints, read_run_state, step_of
 from parallel.zero import load_deepspeed
@@ -43,6 +43,7 @@ from training.initial import find_weights, load_initial
 from training.live_sample import sample_live
 from training.loggers import CompositeLogger, new_run_id
 from training.optimizer import learning_rate, make_update
+from training.pace import PaceMeter
 from training.placement import order_experts
 from training.plan import schedule_for, stage_sizes
 from training.profile import StepProfiler
@@ -169,6 +170,7 @@ class Trainer:
         self.balance = BalanceMonitor(self.replica, job.config.model, job.config.eval_every, expert_loads)
         self.trace = Trace(job.config.trace_every if job.config.trace else 0, mesh, job.run_dir / "trace")
         self.writer = CheckpointWriter(job.checkpoints, mesh, job.config.keep_last, job.config.keep_every)
+        self.pace = PaceMeter(mesh, job.config.log_every, same_stages(job.layout, job.schedule))
         self.profiler = StepProfiler(job.config.profile, mesh, job.run_dir / "profile", job.device)
         self.logger, self.wandb = CompositeLogger([]), None
         if mesh.rank == 0:
@@ -253,8 +255,17 @@ class Trainer:
         seconds = time.perf_counter() - started
         traced = self.trace.end(self.step, replica, self.logger)
         self.logger.log(self.step, {**self._metrics(result, lr, plan, seconds), **balance, **traced})
+        self._watch_pace(replica.pipeline.busy_seconds)
         if self.guard.note(result.grad_norm, result.skipped):
             self._recover(replica, batch)
+
+    def _watch_pace(self, seconds: float) -> None:
+        pace = self.pace.after_step(seconds)
+        if pace is not None:
+            worst = pace.slowest
+            self.logger.log(self.step, {"ranks/slowest": float(worst), "ranks/slowdown": pace.slowdown[worst]})
+            for line in pace.news:
+                self.logger.text(self.step, "slow rank", line)
 
     def _recover(self, replica: Replica, batch: Sequence[MicroBatch]) -> None:
         """Too many steps in a row went wrong: go back to the newest checkpoint, or raise Diverged."""
