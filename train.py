@@ -55,5 +55,6 @@ if __name__ == "__main__":
         if wants_traceback:
             raise
         about = "a group, such as precision, takes one name: " if isinstance(error, TypeError) else ""
-        print(f"error: {about}{error}", file=sys.stderr, flush=True)
+        cause = "" if error.__cause__ is None else f": {error.__cause__}"
+        print(f"error: {about}{error}{cause}", file=sys.stderr, flush=True)
         sys.exit(end_on_purpose(BAD_CONFIG))  # the next try would end alike
