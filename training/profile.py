@@ -112,15 +112,15 @@ class StepProfiler:
             with _tolerated():
                 paths = [self._folder / f"rank_{rank}.json" for rank in self._ranks]
                 join(paths, self._folder / TRACE)
-                print(f"profile of {len(self._steps) or self._config.steps} steps: {self._folder / TRACE}", flush=True)
+                print(f"profile of {self._seen - self._config.after} steps: {self._folder / TRACE}", flush=True)
 
 
 @contextmanager
 def _tolerated() -> Iterator[None]:
-    """A picture of training is no reason to end it."""
+    """Whatever goes wrong with a picture of training is no reason to end it."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         warnings.warn(f"the profile could not be written ({error}); the run goes on", RuntimeWarning, stacklevel=3)
 
 
