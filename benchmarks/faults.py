@@ -226,21 +226,21 @@ def nan_after(folder: Path) -> Outcome:
 
 
 def slow(folder: Path) -> Outcome:
-    """Rank 1 is held still for half of the time, 50 ms each, during 20 steps; log_every=5."""
+    """Rank 1 is held still for half of the time, 50 ms each, during 25 steps; log_every=5."""
     run_dir = folder / "slow"
     with Job(folder, "slow", f"{LOOP} log_every=5", SCRIPT, TWO_RANKS) as job:
         start = when_ready(job, run_dir)
         normal = until(lambda: steps_done(run_dir) >= start + 15) / 15
         start, began, victim = steps_done(run_dir), time.monotonic(), job.rank(1)
-        noticed = None
-        while steps_done(run_dir) < start + 20:
+        noticed, earlier = None, job.output.count("rank 1 computes")
+        while steps_done(run_dir) < start + 25:
             victim.suspend()
             time.sleep(0.05)
             victim.resume()
             time.sleep(0.05)
-            if noticed is None and "slow rank" in job.output:
+            if noticed is None and job.output.count("rank 1 computes") > earlier:
                 noticed = time.monotonic() - began
-        held = (time.monotonic() - began) / 20
+        held = (time.monotonic() - began) / 25
         job.finish()
         said = first("rank 1 computes", job.output) or "nothing"
     same = SAME if losses(run_dir) == losses(folder / "whole") else NOT_SAME

@@ -2,7 +2,7 @@
 
 Every rank measures how long it computes in a step, waits for pipeline messages left out. Every few steps these times
 are compared: with the rank's own best, and with the other ranks that hold the same stages. A rank that needs much
-longer than both allow, while the others do not, is named. (Ranks of one expert group wait for each other inside their
+longer than both allow, while the others do not, is named if that is so twice in a row: once may be chance. (Ranks of one expert group wait for each other inside their
 layers: there a slow one makes the whole group look slow.)
 """
 
@@ -23,10 +23,14 @@ AMONG = 1.3  # and times what the others need now over their usual: if all are s
 
 @dataclass(frozen=True)
 class Pace:
-    """Per rank: seconds of computing per step, and these over what is usual for it. `known`: named before as slow."""
+    """Per rank: seconds of computing per step, and these over what is usual for it.
+
+    suspects   ranks that were slow in the comparison before; known: those of them that have been named
+    """
 
     seconds: tuple[float, ...]
     slowdown: tuple[float, ...]
+    suspects: frozenset[int] = frozenset()
     known: frozenset[int] = frozenset()
 
     @property
@@ -40,8 +44,8 @@ class Pace:
 
     @property
     def news(self) -> list[str]:
-        """A sentence for each rank that has become slow."""
-        return [self.describe(rank) for rank in self.stragglers if rank not in self.known]
+        """A sentence for each rank that has become slow, and stays so."""
+        return [self.describe(rank) for rank in self.stragglers if rank in self.suspects - self.known]
 
     def describe(self, rank: int) -> str:
         usual = self.seconds[rank] / self.slowdown[rank]
@@ -60,7 +64,8 @@ class PaceMeter:
     same: list[list[int]]
     _recent: list[float] = field(default_factory=list)
     _best: list[float] = field(default_factory=list)
-    _slow: frozenset[int] = frozenset()
+    _suspects: frozenset[int] = frozenset()
+    _known: frozenset[int] = frozenset()
 
     def after_step(self, seconds: float) -> Pace | None:
         """The comparison, at the end of every interval; collective then. The first one only sets what is usual."""
@@ -81,6 +86,8 @@ class PaceMeter:
         self._best = [min(own, now) for own, now in zip(best, seconds, strict=True)]
         if min(usual) <= 0 or (first and max(len(ranks) for ranks in self.same) == 1):
             return None
-        pace = Pace(seconds, tuple(now / u for now, u in zip(seconds, usual, strict=True)), self._slow)
-        self._slow = frozenset(pace.stragglers)
+        ratios = tuple(now / u for now, u in zip(seconds, usual, strict=True))
+        pace = Pace(seconds, ratios, self._suspects, self._known)
+        self._known = self._suspects & frozenset(pace.stragglers)
+        self._suspects = frozenset(pace.stragglers)
         return pace
