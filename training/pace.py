@@ -2,8 +2,8 @@
 
 Every rank measures how long it computes in a step, waits for pipeline messages left out. Every few steps these times
 are compared: with the rank's own best, and with the other ranks that hold the same stages. A rank that needs much
-longer than both allow, while the others do not, is named if that is so twice in a row: once may be chance. (Ranks of one expert group wait for each other inside their
-layers: there a slow one makes the whole group look slow.)
+longer than both allow, while the others do not, is named if that is so twice in a row: once may be chance. (Ranks of
+one expert group wait for each other inside their layers: there a slow one makes the whole group look slow.)
 """
 
 from __future__ import annotations
