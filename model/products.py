@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_STEP = 32
+FEW_ROWS = 8  # up to which MKL is the faster one, as generation wants it: a few rows per expert
 
 
 def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     """a · bᵀ → [M, N]. Either may be a transposed view."""
-    if not calls_onednn(a_MK) or 0 in (*a_MK.shape, *b_NK.shape):  # oneDNN refuses empty operands
-        return a_MK @ b_NK.t()
+    if len(a_MK) <= FEW_ROWS or not calls_onednn(a_MK) or 0 in (*a_MK.shape, *b_NK.shape):
+        return a_MK @ b_NK.t()  # the last: oneDNN refuses empty operands
     if not (b_NK.is_contiguous() or b_NK.t().is_contiguous()):
         b_NK = b_NK.contiguous()  # for any other layout oneDNN falls back to plain loops
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
@@ -48,8 +49,8 @@ def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
         return grouped_kernel(x_RK, weight_ENK, counts)
     out_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
     for expert, rows in blocks(counts):
-        if generates_code(x_RK):
-            size = rows.stop - rows.start
+        size = rows.stop - rows.start
+        if size > FEW_ROWS and generates_code(x_RK):
             more = slice(rows.start, min(x_RK.shape[0], rows.start + _round_up(size)))
             out_RN[rows] = product(x_RK[more], weight_ENK[expert])[:size]
         else:

@@ -1,0 +1,134 @@
+"""Prefill and decode of our engine against transformers' `generate` on the same, exported weights.
+
+    .venv/bin/python -m benchmarks.serving [--model small] [--batches 1,16]
+
+Both greedy, FP32, on two threads, in one process, one after the other in every round; the median of the rounds counts.
+The peer generates with its own cache (DynamicCache), and with the fastest of its ways to compute experts, tried first.
+Prefill is the time to one token each, decode that of the tokens after it. Every token of both is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.peer import weights_of
+from benchmarks.report import Row, publish
+from model.__main__ import load_preset
+from model.config import ModelConfig
+from model.hf_files import write_checkpoint
+from model.sampling import Sampling
+from model.stage import ModelStage
+from parallel.whole import empty_model, load_whole_model
+from serving.engine import CacheSize, Engine
+from serving.scheduler import Limits
+from serving.sequence import Request
+
+EXPERTS = ("eager", "grouped_mm", "batched_mm")
+GREEDY = Sampling(temperature=0)
+Prompts = list[list[int]]
+
+
+def ours(model: ModelStage, prompts: Prompts, count: int) -> Prompts:
+    """New tokens of each prompt, all in one batch."""
+    length = len(prompts[0]) + count
+    cache, limits = CacheSize(len(prompts) * -(-length // 16), 16), Limits(len(prompts), len(prompts) * len(prompts[0]))
+    engine = Engine(model, length, cache, limits)
+    made: Prompts = [[] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(str(i), tuple(prompt), count, GREEDY))
+    with torch.inference_mode():
+        while not engine.idle:
+            for event in engine.step():
+                made[int(event.id)] += event.tokens
+    return made
+
+
+def theirs(peer: Any, prompts: Prompts, count: int) -> Prompts:
+    rows = torch.tensor(prompts)
+    with torch.inference_mode():
+        out = peer.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=count, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)  # fmt: skip
+    return out[:, rows.shape[1] :].tolist()
+
+
+def seconds(work: Callable[[], Prompts]) -> tuple[float, Prompts]:
+    started = time.perf_counter()
+    made = work()
+    return time.perf_counter() - started, made
+
+
+def fastest_experts(peer: Any, prompts: Prompts) -> str:
+    """The peer's best way to compute experts here."""
+    times = {}
+    for name in EXPERTS:
+        try:
+            peer.set_experts_implementation(name)
+            theirs(peer, prompts, 2)
+        except Exception as error:  # a kernel that this machine does not have
+            print(f"peer, experts={name}: not here ({type(error).__name__})")
+            continue
+        times[name] = seconds(lambda: theirs(peer, prompts, 6))[0]
+        print(f"peer, experts={name}: {times[name]:.2f} s")
+    best = min(times, key=lambda name: times[name])
+    peer.set_experts_implementation(best)
+    return best
+
+
+def measure(config: ModelConfig, model: ModelStage, peer: Any, batch: int, prompt: int, count: int, rounds: int
+            ) -> list[Row]:  # fmt: skip
+    generator = torch.Generator().manual_seed(batch)
+    prompts: Prompts = torch.randint(0, 256, (batch, prompt), generator=generator).tolist()
+    name = f"transformers, experts={fastest_experts(peer, prompts)}"
+    sides = {"ours": lambda n: ours(model, prompts, n), "theirs": lambda n: theirs(peer, prompts, n)}
+    rates: dict[tuple[str, str], list[float]] = {}
+    made: dict[str, Prompts] = {}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            first, _tokens = seconds(lambda run=run: run(1))  # type: ignore[misc]
+            whole, made[side] = seconds(lambda run=run: run(1 + count))  # type: ignore[misc]
+            rates.setdefault((side, "prefill"), []).append(batch * prompt / first)
+            rates.setdefault((side, "decode"), []).append(batch * count / (whole - first))
+    same = sum(a == b for a, b in zip(made["ours"], made["theirs"], strict=True))
+    print(f"batch {batch}: {same} of {batch} sequences have the same {1 + count} tokens")
+    case = f"{batch} × ({prompt} + {count}) tokens"
+    medians = {key: statistics.median(values) for key, values in rates.items()}
+    return [
+        Row(case, f"{what}, tokens/s", medians["ours", what], name, medians["theirs", what])
+        for what in ("prefill", "decode")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = load_preset(options.model, {"init_std": 0.1})  # wide enough that tokens are not all the same
+    with tempfile.TemporaryDirectory() as folder:
+        weights = weights_of(empty_model(config, "fp32"))
+        path = Path(folder) / "exported"
+        write_checkpoint(path, config, lambda names: {n: weights[n] for n in names}, "fp32", 4096)
+        model = load_whole_model(path).stage
+        peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        rows = []
+        for batch in (int(word) for word in options.batches.split(",")):
+            rows += measure(config, model, peer, batch, options.prompt, options.tokens, options.rounds)
+    publish(f"serving_{options.model}", rows)
+
+
+if __name__ == "__main__":
+    main()
