@@ -57,8 +57,9 @@ def probabilities(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         temperatures = _column([samplings[i].temperature for i in warm], out_BV)
         logits = logits_BV[warm].double()  # the largest is taken off first: a tiny temperature must not overflow
         p = ((logits - logits.amax(-1, keepdim=True)) / temperatures).softmax(-1)
-        if any(samplings[i].top_k or samplings[i].top_p < 1 for i in warm):
-            p = _limited(p, [samplings[i] for i in warm])
+        limited = [row for row, i in enumerate(warm) if samplings[i].top_k or samplings[i].top_p < 1]
+        if limited:  # of these rows alone: others must not even be rounded anew
+            p[limited] = _limited(p[limited], [samplings[warm[row]] for row in limited])
         out_BV[warm] = p
     return out_BV
 
