@@ -226,26 +226,26 @@ def nan_after(folder: Path) -> Outcome:
 
 
 def slow(folder: Path) -> Outcome:
-    """Rank 1 is held still for half of the time, 50 ms each, during 25 steps; log_every=5."""
+    """Rank 1 is held still for three quarters of the time until it is named, at most 30 steps; log_every=5."""
     run_dir = folder / "slow"
     with Job(folder, "slow", f"{LOOP} log_every=5", SCRIPT, TWO_RANKS) as job:
         start = when_ready(job, run_dir)
         normal = until(lambda: steps_done(run_dir) >= start + 15) / 15
         start, began, victim = steps_done(run_dir), time.monotonic(), job.rank(1)
         noticed, earlier = None, job.output.count("rank 1 computes")
-        while steps_done(run_dir) < start + 25:
+        while noticed is None and steps_done(run_dir) < start + 30:
             victim.suspend()
-            time.sleep(0.05)
+            time.sleep(0.09)
             victim.resume()
-            time.sleep(0.05)
-            if noticed is None and job.output.count("rank 1 computes") > earlier:
+            time.sleep(0.03)
+            if job.output.count("rank 1 computes") > earlier:
                 noticed = time.monotonic() - began
-        held = (time.monotonic() - began) / 25
+        held = (time.monotonic() - began) / max(1, steps_done(run_dir) - start)
         job.finish()
         said = first("rank 1 computes", job.output) or "nothing"
     same = SAME if losses(run_dir) == losses(folder / "whole") else NOT_SAME
     said = f"a step takes {held / normal:.1f}×; {said}"
-    return Outcome("slow rank (held for half of the time)", noticed, 0.0, 0, same, said)
+    return Outcome("slow rank (held still for 3/4 of the time)", noticed, 0.0, 0, same, said)
 
 
 FAULTS: dict[str, Callable[[Path], Outcome]] = {
@@ -256,7 +256,7 @@ ORDER = (
     "SIGKILL of a rank", "SIGKILL of a node", "SIGSTOP of a rank", "SIGTERM", "full disk",
     "one bit flipped in the newest checkpoint", "shard truncated", "shard missing",
     "NaN in one rank's gradient, before the sum", "NaN in one rank's gradient, after the sum",
-    "slow rank (held for half of the time)",
+    "slow rank (held still for 3/4 of the time)",
 )  # fmt: skip
 NEED_ROOT = ("node", "full_disk")
 
