@@ -147,6 +147,7 @@ BAD = [  # processes, command line, what the message must name
     (2, "eval_every=-3", ["eval_every=-3"]),
     (2, "keep_last=0", ["keep_last=0"]),
     (2, "sample_tokens=-1", ["sample_tokens=-1"]),
+    (2, "eval.sample_tokens=-1", ["eval.sample_tokens=-1"]),
     (2, "seed=-1", ["seed=-1"]),
     (2, "balance.bias_rate=-0.1", ["balance.bias_rate=-0.1"]),
     (2, "balance.bias_rate=nan", ["balance.bias_rate=nan"]),

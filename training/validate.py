@@ -117,6 +117,7 @@ def _check_numbers(config: Config) -> None:
     at_least_one = ("steps", "eval_every", "save_every", "keep_last", "log_every", "trace_every")
     limits = [(name, getattr(config, name), 1, math.inf) for name in at_least_one] + [
         ("sample_tokens", config.sample_tokens, 0, math.inf),
+        ("eval.sample_tokens", config.eval.sample_tokens, 0, math.inf),
         ("keep_every", config.keep_every, 0, math.inf),
         ("seed", config.seed, 0, 2**63 - 1),
         ("data.seq_len", config.data.seq_len, 2, math.inf),
