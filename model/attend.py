@@ -3,18 +3,20 @@
 One seam, two ways behind it:
 
 - on a CPU, blocks of queries against the keys that they may see, with the products of `model/products.py`. Torch's own
-  fused kernel for CPUs multiplies with MKL and skips nothing of a masked block. Scores are FP32 (FP64 for FP64) and
-  are made again in backward, so nothing of size S² is kept.
+  fused kernel for CPUs multiplies with MKL and skips nothing of a masked block. Queries, keys, scores and softmax are
+  FP32 (FP64 for FP64), the other products have the dtype of the values. Scores are made again in backward, so nothing
+  of size S² is kept.
 - elsewhere torch's kernels: flash attention over documents of unequal length on a CUDA device in 16 bits, else
   `scaled_dot_product_attention` with a mask. On the meta device, where a dry run counts what a GPU would keep and
   compute, flash attention as well.
 
-Shapes: B sequences, S positions, H heads, Q width of queries and keys, V of values.
+Shapes: B sequences, S positions, H heads, Q width of queries and keys, V of values; R queries and K keys of a block
+(of one head or, where one product does several, with a dimension of heads before).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,18 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.products import product
+from model.products import calls_onednn, outer, product
 
 ROWS = 256  # queries per block: scores of one head and block stay in the cache
+SCORES = 1 << 20  # scores of several heads that are worked on at once
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some queries of one sequence and the keys that any of them may see; `hidden` masks the last of these keys."""
+    """Some queries of one sequence and the keys that any of them may see.
+
+    `mask` is added to their scores with the last of these keys: 0, or −∞ where a query must not see the key.
+    """
 
     rows: slice
     keys: slice
-    hidden: Tensor
+    mask: Tensor
 
 
 class Documents:
@@ -68,15 +74,17 @@ def _blocks(documents_S: Tensor) -> Iterator[Block]:
     changes = torch.ones(length, dtype=torch.bool)
     changes[1:] = documents_S[1:] != documents_S[:-1]
     first_S = torch.where(changes, index, 0).cummax(0).values  # where each position's document starts
+    causal_RR = torch.full((min(ROWS, length),) * 2, float("-inf")).triu(1)
     for start in range(0, length, ROWS):
         end = min(start + ROWS, length)
         first = int(first_S[start])
         if documents_S[start] == documents_S[end - 1]:
-            hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+            mask = causal_RR[: end - start, : end - start]
         else:
             other = documents_S[start:end, None] != documents_S[None, first:end]
             hidden = other | (index[start:end, None] < index[None, first:end])
-        yield Block(slice(start, end), slice(first, end), hidden)
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        yield Block(slice(start, end), slice(first, end), mask)
 
 
 def attend(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, documents: Documents) -> Tensor:
@@ -105,27 +113,26 @@ def attend_backward(
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     out = torch.empty_like(v)
     for b, block in _each(documents):
-        for h in range(q.shape[1]):
-            p = _probabilities(q[b, h, block.rows], k[b, h, block.keys], block.hidden)
-            out[b, h, block.rows] = product(p, v[b, h, block.keys].t())
+        of_rows, of_keys = (q[b], out[b]), (k[b], v[b])
+        for q_RQ, out_RV, k_KQ, v_KV in _heads(block, of_rows, of_keys, v.dtype):
+            out_RV.copy_(product(_probabilities(q_RQ, k_KQ, block.mask, v.dtype), v_KV.mT))
     return out
 
 
 def _backward_in_blocks(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Documents
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    low_q, low_k = q.to(v.dtype), k.to(v.dtype)
+    dq, dk, dv = torch.empty_like(q), _sums(k, v.dtype), _sums(v, v.dtype)
     for b, block in _each(documents):
-        rows, keys = block.rows, block.keys
-        for h in range(q.shape[1]):
-            q_rows, k_keys, dout_rows = q[b, h, rows], k[b, h, keys], dout[b, h, rows]
-            p = _probabilities(q_rows, k_keys, block.hidden)
-            dp = product(dout_rows, v[b, h, keys])
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[b, h, rows] = product(ds, k_keys.t())
-            dk[b, h, keys] += product(ds.t(), q_rows.t())
-            dv[b, h, keys] += product(p.t(), dout_rows.t())
-    return dq, dk, dv
+        of_rows, of_keys = (dout[b], q[b], low_q[b], dq[b]), (k[b], low_k[b], v[b], dk[b], dv[b])
+        for dout_RV, q_RQ, lq_RQ, dq_RQ, k_KQ, lk_KQ, v_KV, dk_KQ, dv_KV in _heads(block, of_rows, of_keys, v.dtype):
+            p_RK = _probabilities(q_RQ, k_KQ, block.mask, v.dtype)
+            ds_RK = torch.ops.aten._softmax_backward_data(product(dout_RV, v_KV), p_RK, -1, p_RK.dtype)
+            dq_RQ.copy_(product(ds_RK, lk_KQ.mT))
+            dk_KQ.add_(outer(ds_RK, lq_RQ))
+            dv_KV.add_(outer(p_RK, dout_RV))
+    return dq, _row_by_row(dk), _row_by_row(dv)
 
 
 def _each(documents: Documents) -> Iterator[tuple[int, Block]]:
@@ -134,10 +141,44 @@ def _each(documents: Documents) -> Iterator[tuple[int, Block]]:
             yield b, block
 
 
-def _probabilities(q_RQ: Tensor, k_KQ: Tensor, hidden: Tensor) -> Tensor:
+def _heads(
+    block: Block, of_rows: Sequence[Tensor], of_keys: Sequence[Tensor], dtype: torch.dtype
+) -> Iterator[tuple[Tensor, ...]]:
+    """The block's part of each tensor [H, S, ·]: head by head for oneDNN, else as many heads as suit one product."""
+    parts = [t[:, block.rows] for t in of_rows] + [t[:, block.keys] for t in of_keys]
+    if calls_onednn(parts[0].new_empty(0, dtype=dtype)):
+        return zip(*(part.unbind() for part in parts), strict=True)
+    scores = parts[0].shape[1] * parts[-1].shape[1]
+    return zip(*(part.split(max(1, SCORES // scores)) for part in parts), strict=True)
+
+
+def _probabilities(q_RQ: Tensor, k_KQ: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax(q · kᵀ + mask) in `dtype`: [R, K], or [heads, R, K] of several heads."""
+    if q_RQ.dim() == 3 and calls_onednn(q_RQ):
+        p_HRK = q_RQ.new_empty(*q_RQ.shape[:2], k_KQ.shape[1], dtype=dtype)
+        for p_RK, q_head, k_head in zip(p_HRK.unbind(), q_RQ.unbind(), k_KQ.unbind(), strict=True):
+            p_RK.copy_(_probabilities(q_head, k_head, mask, q_head.dtype))
+        return p_HRK
     scores_RK = product(q_RQ, k_KQ)
-    scores_RK[:, -hidden.shape[1] :].masked_fill_(hidden, float("-inf"))
+    scores_RK[..., -mask.shape[1] :].add_(mask)
     return scores_RK.softmax(-1)
+
+
+def _sums(x: Tensor, low: torch.dtype) -> Tensor:
+    """Zeros to add up the results of `outer` in, in FP32 or better and in the layout in which oneDNN gives them."""
+    dtype = torch.promote_types(low, torch.float32)
+    if calls_onednn(x.new_empty(0, dtype=low)):
+        return x.new_zeros(x.mT.shape, dtype=dtype).mT
+    return torch.zeros_like(x, dtype=dtype)
+
+
+def _row_by_row(x_BHSQ: Tensor) -> Tensor:
+    """The same with the channels of a head next to each other."""
+    if x_BHSQ.stride(-1) == 1:
+        return x_BHSQ
+    B, H, S, Q = x_BHSQ.shape
+    rows_BSX = torch.stack([x_HQS.flatten(0, 1).t().contiguous() for x_HQS in x_BHSQ.mT])
+    return rows_BSX.view(B, S, H, Q).transpose(1, 2)
 
 
 # -- elsewhere ---------------------------------------------------------------------------------------------------------

@@ -34,12 +34,17 @@ class AttentionContext:
     """What layers need to know of a micro-batch, computed once for all of a stage.
 
     sequence_scale   one over the sequences of the global batch, for the balance losses; 0 leaves them out
+    parts            the sequences that attention works on at once, and their documents: one on a CPU, so that their
+                     queries, keys and values stay in the cache; else all
     """
 
     def __init__(self, documents_BS: Tensor, cos: Tensor, sin: Tensor, sequence_scale: float = 0.0) -> None:
         self.sequence_scale = sequence_scale
-        self.documents = Documents(documents_BS)
         self.cos, self.sin = cos, sin  # [B, S, rope_dim/2]
+        sequences = range(len(documents_BS))
+        one_by_one = documents_BS.device.type == "cpu"
+        self.parts = [slice(b, b + 1) for b in sequences] if one_by_one else [slice(0, len(documents_BS))]
+        self.documents = [Documents(documents_BS[part]) for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -136,41 +141,47 @@ class _FromLatents(torch.autograd.Function):
 
 
 def _forward(q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext) -> Tensor:
-    out_BHSV = attend(*_assemble(q_up, kv_up, k_rope, sizes, context), context.documents)
-    return out_BHSV.transpose(1, 2).flatten(2).to(q_up.dtype)
+    B, S, _ = q_up.shape
+    out_BSHV = torch.empty(B, S, sizes.H, sizes.V, dtype=q_up.dtype, device=q_up.device)
+    for part, documents in zip(context.parts, context.documents, strict=True):
+        q, k, v = _assemble(q_up[part], kv_up[part], k_rope[part], sizes, context.cos[part], context.sin[part])
+        out_BSHV[part] = attend(q, k, v, documents).transpose(1, 2)
+    return out_BSHV.flatten(2)
 
 
 def _backward(
     dout: Tensor, q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _assemble(q_up, kv_up, k_rope, sizes, context)
-    B, S, _ = dout.shape
-    dout_BHSV = torch.empty_like(v).copy_(dout.view(B, S, sizes.H, sizes.V).transpose(1, 2))
-    dq, dk, dv = attend_backward(dout_BHSV, q, k, v, context.documents)
-    cos, sin = context.cos.unsqueeze(1), -context.sin.unsqueeze(1)
-    rotate_(dq[..., sizes.N :], cos, sin).mul_(sizes.scale)
-    dq[..., : sizes.N].mul_(sizes.scale)
-    dk_rope = rotate_(dk[..., sizes.N :].sum(1, keepdim=True), cos, sin).squeeze(1)
-    dkv_BSHX = torch.empty(B, S, sizes.H, sizes.N + sizes.V, dtype=kv_up.dtype, device=kv_up.device)
-    dkv_BSHX[..., : sizes.N] = dk[..., : sizes.N].transpose(1, 2)
-    dkv_BSHX[..., sizes.N :] = dv.transpose(1, 2)
-    return dq.transpose(1, 2).flatten(2).to(q_up.dtype), dkv_BSHX.flatten(2), dk_rope.to(k_rope.dtype)
+    H, N, V = sizes.H, sizes.N, sizes.V
+    S = dout.shape[1]
+    dq_up, dkv_up, dk_rope = torch.empty_like(q_up), torch.empty_like(kv_up), torch.empty_like(k_rope)
+    for part, documents in zip(context.parts, context.documents, strict=True):
+        cos, sin = context.cos[part], context.sin[part]
+        q, k, v = _assemble(q_up[part], kv_up[part], k_rope[part], sizes, cos, sin)
+        dout_BHSV = torch.empty_like(v).copy_(dout[part].view(-1, S, H, V).transpose(1, 2))
+        dq, dk, dv = attend_backward(dout_BHSV, q, k, v, documents)
+        rotate_(dq[..., N:], cos.unsqueeze(1), -sin.unsqueeze(1))
+        dq *= sizes.scale
+        dq_up[part].view(-1, S, H, q.shape[-1]).copy_(dq.transpose(1, 2))
+        dk_rope[part] = rotate_(dk[..., N:].sum(1).contiguous(), cos, -sin)
+        dkv_BSHX = dkv_up[part].view(-1, S, H, N + V)
+        dkv_BSHX[..., :N] = dk[..., :N].transpose(1, 2)
+        dkv_BSHX[..., N:] = dv.transpose(1, 2)
+    return dq_up, dkv_up, dk_rope
 
 
 def _assemble(
-    q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
+    q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled and rotated queries, rotated keys, values: each [B, H, S, …]; on a CPU in FP32 or better."""
+    """Scaled and rotated queries, rotated keys, values: each [B, H, S, …]; on a CPU the first two in FP32 or better."""
     H, N, R, V = sizes.H, sizes.N, sizes.R, sizes.V
     B, S, _ = q_up.shape
     dtype = torch.promote_types(q_up.dtype, torch.float32) if q_up.device.type == "cpu" else q_up.dtype
-    cos, sin = context.cos.unsqueeze(1), context.sin.unsqueeze(1)
     q = torch.empty(B, H, S, N + R, dtype=dtype, device=q_up.device)
-    q.copy_(q_up.view(B, S, H, N + R).transpose(1, 2))
-    rotate_(q[..., N:], cos, sin)
-    q.mul_(sizes.scale)
+    q.copy_(q_up.view(B, S, H, N + R).transpose(1, 2)).mul_(sizes.scale)
+    rotate_(q[..., N:], cos.unsqueeze(1), sin.unsqueeze(1))
     keys, values = kv_up.view(B, S, H, N + V).transpose(1, 2).split((N, V), dim=-1)
     k = torch.empty_like(q)
     k[..., :N] = keys
-    k[..., N:] = rotate_(k_rope.unsqueeze(1).to(dtype, copy=True), cos, sin)
-    return q, k, torch.empty(B, H, S, V, dtype=dtype, device=q.device).copy_(values)
+    k[..., N:] = rotate_(k_rope.to(dtype, copy=True), cos, sin).unsqueeze(1)
+    return q, k, values.contiguous()

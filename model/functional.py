@@ -81,21 +81,19 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    high = x.to(weight.dtype)
-    return (high * _inverse_rms(high, eps) * weight).to(x.dtype)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """With r = 1/rms(x): dx = r·(dy∘w) − x·r³·mean(dy∘w∘x), and dw = Σ r·(dy∘x) over the rows."""
     high, dy_high = x.to(weight.dtype), dy.to(weight.dtype)
-    inverse = _inverse_rms(high, eps)
-    normed = high * inverse
-    dnormed = dy_high * weight
-    dx = inverse * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
-    return dx.to(x.dtype), (dy_high * normed).flatten(0, -2).sum(0)
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    size = x.shape[-1]
+    r = torch.rsqrt(torch.linalg.vector_norm(high, dim=-1).square() / size + eps)
+    both = dy_high * high
+    dweight = both.flatten(0, -2).t() @ r.flatten()
+    along = (both @ weight) * r.pow(3) / size
+    dx = (dy_high * weight).mul_(r.unsqueeze(-1)).addcmul_(high, along.unsqueeze(-1), value=-1)
+    return dx.to(x.dtype), dweight
 
 
 def swiglu(gate_up: Tensor, gates_R: Tensor | None, kernels: Kernels) -> Tensor:
@@ -118,21 +116,22 @@ class _SwiGLU(torch.autograd.Function):
 
 def _swiglu(gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    hidden = F.silu(gate) * up
-    return hidden if gates_R is None else hidden * gates_R.unsqueeze(-1).to(hidden.dtype)
+    hidden = F.silu(gate).mul_(up)
+    return hidden if gates_R is None else hidden.mul_(gates_R.unsqueeze(-1).to(hidden.dtype))
 
 
 def _swiglu_backward(dy: Tensor, gate_up: Tensor, gates_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
     gate, up = gate_up.chunk(2, dim=-1)
     dgate_up = torch.empty_like(gate_up)
     dgate, dup = dgate_up.chunk(2, dim=-1)
-    torch.mul(dy, F.silu(gate), out=dup)
-    dsilu = dy * up
+    torch.ops.aten.silu.out(gate, out=dup)
+    dup *= dy
+    torch.mul(dy, up, out=dgate)
     dgates = None
     if gates_R is not None:
         dgates = torch.linalg.vecdot(dup, up).to(gates_R.dtype)
         weights_R1 = gates_R.unsqueeze(-1).to(dy.dtype)
         dup *= weights_R1
-        dsilu *= weights_R1
-    torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dgate)
+        dgate *= weights_R1
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
     return dgate_up, dgates

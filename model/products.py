@@ -25,12 +25,19 @@ FEW_ROWS = 8  # up to which MKL is the faster one, as generation wants it: a few
 
 
 def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """a · bᵀ → [M, N]. Either may be a transposed view."""
-    if len(a_MK) <= FEW_ROWS or not calls_onednn(a_MK) or 0 in (*a_MK.shape, *b_NK.shape):
-        return a_MK @ b_NK.t()  # the last: oneDNN refuses empty operands
+    """a · bᵀ → [M, N]. Either may be a transposed view. With a batch dimension before: torch's own."""
+    if a_MK.dim() > 2 or len(a_MK) <= FEW_ROWS or not calls_onednn(a_MK) or 0 in (*a_MK.shape, *b_NK.shape):
+        return a_MK @ b_NK.mT  # the last: oneDNN refuses empty operands
     if not (b_NK.is_contiguous() or b_NK.t().is_contiguous()):
         b_NK = b_NK.contiguous()  # for any other layout oneDNN falls back to plain loops
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+
+
+def outer(a_TM: Tensor, b_TN: Tensor) -> Tensor:
+    """aᵀ · b → [M, N], maybe as a transposed view: oneDNN copies its first operand, so that is the narrower one."""
+    if calls_onednn(a_TM) and a_TM.dim() == 2 and a_TM.shape[1] > b_TN.shape[1]:
+        return product(b_TN.t(), a_TM.t()).t()
+    return product(a_TM.mT, b_TN.mT)
 
 
 def calls_onednn(x: Tensor) -> bool:
@@ -108,7 +115,7 @@ def add_weight_grad(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor) -> None:
     if grad_NK.dtype == dy_TN.dtype and not calls_onednn(dy_TN):
         grad_NK.addmm_(dy_TN.t(), x_TK)
     else:
-        grad_NK.add_(product(dy_TN.t(), x_TK.t()))
+        grad_NK.add_(outer(dy_TN, x_TK))
 
 
 def blocks(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
