@@ -1,6 +1,8 @@
 """Training speed of the model against transformers' DeepseekV3ForCausalLM; `--scaling` shows cost as work grows.
 
-    .venv/bin/python -m benchmarks.model [--rounds 3] [--scaling]
+    .venv/bin/python -m benchmarks.model [--rounds 3]
+    .venv/bin/python -m benchmarks.model --compile            compile=on against off
+    .venv/bin/python -m benchmarks.model --scaling [--resume] resume: keep the points that are in the results already
 
 One process, two threads; the same configuration, weights, tokens and AdamW (torch's fused one). Ours and the peer's
 steps are taken in turns and the median of each is compared. A step is forward, backward and optimizer.
@@ -24,10 +26,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import profile
 
 from benchmarks.peer import our_model, peer_model, weights_of
@@ -35,7 +39,10 @@ from benchmarks.report import RESULTS, Row, publish
 from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.describe import attention_flops, count_parameters
+from model.names import named_routers
 from model.products import product
+from model.router import Router
+from model.stage import ModelStage
 
 THREADS = 2
 SMALL = ModelConfig(
@@ -73,8 +80,8 @@ def adamw(parameters: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def our_step(case: Case, precision: str) -> Callable[[], float]:
-    replica, batch = our_model(case.config, precision), random_batch(case)
+def our_step(case: Case, precision: str, compiled: bool = False) -> Callable[[], float]:
+    replica, batch = our_model(case.config, precision, compiled=compiled), random_batch(case)
     optimizer = adamw(replica.stages[0].parameters())
 
     def step() -> float:
@@ -137,6 +144,17 @@ def compare(case: Case, rounds: int) -> list[Row]:
     return rows
 
 
+def compare_compiled(case: Case, rounds: int) -> list[Row]:
+    """compile=on against off, steps taken in turns."""
+    rows = []
+    for precision in ("fp32", "bf16"):
+        steps = [our_step(case, precision, compiled) for compiled in (True, False)]
+        times = [[seconds(step) for step in steps] for _ in range(rounds + 2)][2:]
+        on, off = (case.tokens / statistics.median(column) for column in zip(*times, strict=True))
+        rows.append(Row(f"{case.name}, {precision}", "tokens/s", on, "compile=off", off))
+    return rows
+
+
 # -- the machine's limit, and where the time goes ----------------------------------------------------------------------
 
 
@@ -165,8 +183,8 @@ def where_time_goes(case: Case, precision: str) -> dict[str, float]:
     with profile() as measured:
         step()
     kinds = {
-        "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm_"),
-        "copies and casts": ("aten::copy_", "aten::index", "aten::cat"),
+        "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::bmm", "aten::addmm_"),
+        "copies and casts": ("aten::copy_", "aten::index_select", "aten::index_add_", "aten::cat"),
         "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::_log_softmax"),
         "optimizer, zeros": ("aten::_fused_adamw_", "aten::fill_"),
     }
@@ -193,22 +211,27 @@ def attention_share(case: Case) -> float:
 # -- cost as work grows ------------------------------------------------------------------------------------------------
 
 
-def scaling() -> None:
+def scaling(resume: bool) -> None:
     """Time and peak memory per token as the sequence or the number of experts grows; draws a picture."""
-    lengths = [
-        Case(str(s), replace(SMALL, num_layers=2, vocab_size=512), s, 4096 // s) for s in (512, 1024, 2048, 4096)
-    ]
-    experts = [
-        Case(str(e), replace(SMALL, num_layers=2, vocab_size=512, num_experts=e, expert_ffn_size=64), 512, 8)
-        for e in (16, 32, 64, 128, 256)
-    ]
-    data = {"sequence": [_point(c) for c in lengths], "experts": [_point(c) for c in experts]}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "model_scaling.json").write_text(json.dumps(data, indent=1) + "\n")
+    base = replace(SMALL, num_layers=2, vocab_size=512)
+    cases = {
+        "sequence": [Case(str(s), base, s, 4096 // s) for s in (512, 1024, 2048, 4096)],
+        "experts": [
+            Case(str(e), replace(base, num_experts=e, expert_ffn_size=64), 512, 8) for e in (16, 32, 64, 128, 256)
+        ],
+    }
+    file = RESULTS / "model_scaling.json"
+    data: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    if resume and file.exists():
+        data |= json.loads(file.read_text())
+    for name, row in cases.items():
+        for case in row[len(data[name]) :]:
+            data[name].append(_point(case))
+            file.write_text(json.dumps(data, indent=1) + "\n")
     for name, points in data.items():
-        print(f"{name:>10}  µs per token  activations, KiB per token")
-        for point in points:
-            print(f"{point['size']:10.0f}{point['us_per_token']:14.1f}{point['kib_per_token']:27.1f}")
+        print(f"{name:>10}  µs per token  of which routers  activations, KiB per token")
+        for p in points:
+            print(f"{p['size']:10.0f}{p['us_per_token']:14.1f}{p['router_us']:18.1f}{p['kib_per_token']:27.1f}")
     _draw(data, Path("docs/images/model_scaling.svg"))
 
 
@@ -216,13 +239,31 @@ def _point(case: Case) -> dict[str, float]:
     """Forward and backward alone: the optimizer's time depends on the parameters, not on the tokens."""
     replica, batch = our_model(case.config, "fp32"), random_batch(case)
     replica.pipeline.step([batch])
-    taken = statistics.median(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(3))
+    taken = statistics.median(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(5))
     before = _reset_peak()
     replica.pipeline.step([batch])
     peak = resource_peak() - before
     return {
-        "size": float(case.name), "us_per_token": 1e6 * taken / case.tokens, "kib_per_token": peak / 1024 / case.tokens
-    }  # fmt: skip
+        "size": float(case.name),
+        "us_per_token": 1e6 * taken / case.tokens,
+        "router_us": 1e6 * _router_seconds(replica.stages[0], case) / case.tokens,
+        "kib_per_token": peak / 1024 / case.tokens,
+    }
+
+
+def _router_seconds(stage: ModelStage, case: Case) -> float:
+    """Forward and backward of all routers, alone."""
+    x_TD = torch.randn(case.tokens, case.config.hidden_size, requires_grad=True)
+    total = 0.0
+    for router in named_routers(stage).values():
+        total += statistics.median(seconds(partial(_route, router, x_TD)) for _ in range(5))
+    return total
+
+
+def _route(router: Router, x_TD: Tensor) -> float:
+    gates_TK = router(x_TD).gates_TK
+    gates_TK.square().sum().backward()
+    return 0.0
 
 
 def _reset_peak() -> int:
@@ -267,11 +308,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scaling", action="store_true", help="cost as sequence and experts grow, instead")
+    parser.add_argument("--resume", action="store_true", help="keep the points that an earlier --scaling measured")
+    parser.add_argument("--compile", action="store_true", help="compile=on against off, instead")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(THREADS)
     if options.scaling:
-        scaling()
+        scaling(options.resume)
+        return
+    if options.compile:
+        publish("model_compile", compare_compiled(CASES[0], options.rounds))
         return
     rows: list[Row] = []
     tables: dict[str, dict[str, float]] = {}
