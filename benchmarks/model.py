@@ -240,7 +240,7 @@ def _point(case: Case) -> dict[str, float]:
     """Forward and backward alone: the optimizer's time depends on the parameters, not on the tokens."""
     replica, batch = our_model(case.config, "fp32"), random_batch(case)
     replica.pipeline.step([batch])
-    taken = statistics.median(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(5))
+    taken = min(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(5))
     before = _reset_peak()
     replica.pipeline.step([batch])
     peak = resource_peak() - before
@@ -257,7 +257,7 @@ def _router_seconds(stage: ModelStage, case: Case) -> float:
     x_TD = torch.randn(case.tokens, case.config.hidden_size, requires_grad=True)
     total = 0.0
     for router in named_routers(stage).values():
-        total += statistics.median(seconds(partial(_route, router, x_TD)) for _ in range(5))
+        total += min(seconds(partial(_route, router, x_TD)) for _ in range(5))
     return total
 
 
