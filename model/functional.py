@@ -90,8 +90,8 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
     size = x.shape[-1]
     r = torch.rsqrt(torch.linalg.vector_norm(high, dim=-1).square() / size + eps)
     both = dy_high * high
-    dweight = both.flatten(0, -2).t() @ r.flatten()
     along = (both @ weight) * r.pow(3) / size
+    dweight = both.mul_(r.unsqueeze(-1)).flatten(0, -2).sum(0)  # in pairs; a product's plain sum loses digits
     dx = (dy_high * weight).mul_(r.unsqueeze(-1)).addcmul_(high, along.unsqueeze(-1), value=-1)
     return dx.to(x.dtype), dweight
 
