@@ -107,7 +107,7 @@ class Route:
             arrived = tuple(columns) if first is None else first.wait()
             for hop in self.hops[1:]:
                 arrived = hop.there(arrived).wait()
-            return tuple(c.index_select(0, self.source_R) for c in arrived)
+            return tuple(c[self.source_R] for c in arrived)
 
         return Promise(finish)
 
