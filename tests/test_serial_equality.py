@@ -58,8 +58,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        # FP32: the oracle rounds too, and a norm's gradient that is nearly zero differs by 1e-5 with the order of sums.
-        return 1e-10 if self.dtype is torch.float64 else 2e-5
+        return 1e-10 if self.dtype is torch.float64 else 1e-5
 
 
 def make_batch(step: int, num: int = GLOBAL_MICRO_BATCHES) -> list[MicroBatch]:
