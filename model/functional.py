@@ -91,7 +91,7 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
     r = torch.rsqrt(torch.linalg.vector_norm(high, dim=-1).square() / size + eps)
     both = dy_high * high
     along = (both @ weight) * r.pow(3) / size
-    dweight = both.mul_(r.unsqueeze(-1)).flatten(0, -2).sum(0)  # in pairs; a product's plain sum loses digits
+    dweight = both.mul_(r.unsqueeze(-1)).flatten(0, -2).sum(0)
     dx = (dy_high * weight).mul_(r.unsqueeze(-1)).addcmul_(high, along.unsqueeze(-1), value=-1)
     return dx.to(x.dtype), dweight
 
