@@ -58,7 +58,10 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return 1e-10 if self.dtype is torch.float64 else 1e-5
+        if self.dtype is torch.float64:
+            return 1e-10
+        # An MTP layer's norm has a gradient near zero, which differs by 1e-5 with the order of FP32 sums; FP64 tells.
+        return 2e-5 if self.config.mtp_depth else 1e-5
 
 
 def make_batch(step: int, num: int = GLOBAL_MICRO_BATCHES) -> list[MicroBatch]:
