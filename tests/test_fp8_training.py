@@ -37,7 +37,6 @@ from training.step import train_step
 
 OPTIM = OptimConfig(lr=1e-3, clip=0.5, moments="bf16")
 TIMEOUT = timedelta(seconds=60)
-BF16_STEP = 2**-8  # relative distance of neighbours
 STEPS, MICRO_BATCHES = 2, 8
 # Wide enough for whole tiles, with something left over.
 WIDE = replace(CONFIG, hidden_size=160, expert_ffn_size=136, dense_ffn_size=200, init_std=0.06)
@@ -128,7 +127,7 @@ def distance(ours: Gradients, theirs: Gradients) -> float:
 @pytest.mark.parametrize(("world", "dispatch", "per_node"), [(2, "all_to_all", None), (4, "hierarchical", 2)])
 def test_experts_on_other_ranks_change_what_rounding_changes(world: int, dispatch: str, per_node: int | None) -> None:
     for loss, from_serial, of_fp8 in run_ranks(world, check_expert_parallel, dispatch, per_node):
-        assert loss < BF16_STEP and from_serial < 0.5 * of_fp8, (loss, from_serial, of_fp8)
+        assert loss < 1e-3 and from_serial < 0.5 * of_fp8, (loss, from_serial, of_fp8)
 
 
 def check_overlap(rank: int, world: int) -> bool:
