@@ -157,7 +157,7 @@ def check_zero(rank: int, world: int) -> tuple[float, float]:
         replica = build(mesh, "dualpipe", 2)
         update = make_update(replica, replace(OPTIM, zero=zero, moments="fp32"))
         for step in range(3):
-            mine = make_batch(step, micro_batches * mesh.layout.dp)[mesh.dp :: mesh.layout.dp]
+            mine = make_batch(step, MICRO_BATCHES * mesh.layout.dp)[mesh.dp :: mesh.layout.dp]
             result = train_step(replica, update, mine, OPTIM.lr, OPTIM.clip, 0.01)
             results.append(result.loss)
         assert all(s.master.dtype == torch.float32 for s in update.shards)
