@@ -104,9 +104,12 @@ class OracleStep:
 def train_oracle(case: Case) -> list[OracleStep]:
     """The trajectory that every layout must follow; it depends on the case's model, dtype and steps alone.
 
-    It is computed in FP64, for FP32 cases too, from their weights: so a difference is theirs alone.
+    With MTP, an FP32 oracle's own rounding comes near the bound of FP32 cases; there it is computed in FP64 from the same
+    weights, so that a difference is the layout's alone.
     """
-    start = {n: t if n.endswith("bias_E") else t.double() for n, t in whole_model(case).items()}
+    start = whole_model(case)
+    if case.config.mtp_depth:
+        start = {n: t if n.endswith("bias_E") else t.double() for n, t in start.items()}
     oracle = Oracle(case.config, start, case.balance)
     oracle.mtp_weight, oracle.z_weight = case.loss.mtp_weight, case.loss.z_weight
     optimizer = torch.optim.AdamW(
