@@ -104,8 +104,8 @@ class OracleStep:
 def train_oracle(case: Case) -> list[OracleStep]:
     """The trajectory that every layout must follow; it depends on the case's model, dtype and steps alone.
 
-    With MTP, an FP32 oracle's own rounding comes near the bound of FP32 cases; there it is computed in FP64 from the same
-    weights, so that a difference is the layout's alone.
+    With MTP, an FP32 oracle's own rounding comes near the bound of FP32 cases; there it is computed in FP64, from the
+    same weights, so that a difference is the layout's alone.
     """
     start = whole_model(case)
     if case.config.mtp_depth:
