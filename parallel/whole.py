@@ -23,6 +23,16 @@ from parallel.saved import CheckpointError, has_average, list_checkpoints, load_
 
 
 @dataclass(frozen=True)
+class FoundModel:
+    """What a folder says of its model, before any weight is read. max_length: the longest sequence of its training."""
+
+    folder: Path
+    config: ModelConfig
+    max_length: int
+    is_public: bool
+
+
+@dataclass(frozen=True)
 class WholeModel:
     """folder: what was loaded. max_length: the longest sequence that the model was trained for."""
 
@@ -31,27 +41,39 @@ class WholeModel:
     max_length: int
 
 
-def load_whole_model(
-    path: Path, precision: str = "fp32", device: str | torch.device = "cpu", averaged: bool = False
-) -> WholeModel:
-    """Load a run's newest checkpoint, a checkpoint, or a folder in the public format (config.json and safetensors).
+def find_model(path: Path, averaged: bool = False) -> FoundModel:
+    """A run's newest checkpoint, a checkpoint, or a folder in the public format (config.json and safetensors).
 
-    averaged   take the moving average of the weights (optim.ema) instead of the weights
+    averaged   whether the moving average of the weights (optim.ema) is wanted
     Raises ValueError (also as FormatError) or CheckpointError, saying what is wrong with the folder.
     """
     if (path / CONFIG).is_file():
         if averaged:
             raise ValueError(f"{path} is in the public format, which holds no average of the weights; leave ema out")
-        return _load_public(path, precision, device)
+        settings: dict[str, Any] = json.loads((path / CONFIG).read_text())
+        length = int(settings.get("max_position_embeddings", 4096))
+        return FoundModel(path, PublicCheckpoint(path).config, length, is_public=True)
     folder = _find_checkpoint(path)
     state = read_run_state(folder)
     if averaged and not has_average(state):
         raise ValueError(f"{folder} holds no average of the weights (it was trained without optim.ema)")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), state.config["model"]))
     assert isinstance(config, ModelConfig)
-    stage = empty_model(config, precision, device)
-    load_weights(folder, stage, averaged)
-    return WholeModel(stage, folder, int(state.config["data"]["seq_len"]))
+    return FoundModel(folder, config, int(state.config["data"]["seq_len"]), is_public=False)
+
+
+def load_whole_model(
+    path: Path, precision: str = "fp32", device: str | torch.device = "cpu", averaged: bool = False
+) -> WholeModel:
+    """Find a model (see `find_model`) and load its weights, or the average of them."""
+    found = find_model(path, averaged)
+    stage = empty_model(found.config, precision, device)
+    if found.is_public:
+        tensors = {name: tensor.detach() for name, tensor, _ in named_tensors(stage)}
+        PublicCheckpoint(found.folder).load_into(found.config, tensors)
+    else:
+        load_weights(found.folder, stage, averaged)
+    return WholeModel(stage, found.folder, found.max_length)
 
 
 def empty_model(config: ModelConfig, precision: str, device: str | torch.device = "cpu", seed: int = 0) -> ModelStage:
@@ -72,11 +94,3 @@ def _find_checkpoint(path: Path) -> Path:
     if not found:
         raise ValueError(f"{path} is neither a run with checkpoints, nor a checkpoint, nor a folder with {CONFIG}")
     return found[-1]
-
-
-def _load_public(path: Path, precision: str, device: str | torch.device) -> WholeModel:
-    checkpoint = PublicCheckpoint(path)
-    settings: dict[str, Any] = json.loads((path / CONFIG).read_text())
-    stage = empty_model(checkpoint.config, precision, device)
-    checkpoint.load_into(checkpoint.config, {name: tensor.detach() for name, tensor, _ in named_tensors(stage)})
-    return WholeModel(stage, path, int(settings.get("max_position_embeddings", 4096)))

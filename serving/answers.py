@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from serving.worker import Delta
+from serving.calls import Delta
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,24 @@ from starlette.exceptions import HTTPException
 
 from serving.answers import CHAT, COMPLETION, Answer, Form
 from serving.api import Asked, Body, ChatBody, CompletionBody, chat, completion
+from serving.backend import Backend, EngineFailed
+from serving.calls import Delta
 from serving.engine import Busy, Refused
 from serving.guard import Guard, ServerSettings, error_body
 from serving.metrics import Metrics
-from serving.worker import Delta, EngineFailed, Worker
 
 HUNG_UP = 499
 
 
-def create_app(worker: Worker, settings: ServerSettings) -> FastAPI:
-    """An application over a worker, which it starts and stops."""
-    metrics = Metrics(worker)
+def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
+    """An application over a backend, which it starts and stops."""
+    metrics = Metrics(backend)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        await backend.start()
         yield
-        worker.stop()
+        await backend.stop()
 
     app = FastAPI(title="dualpipe serving", lifespan=lifespan)
     _add_errors(app)
@@ -43,22 +44,22 @@ def create_app(worker: Worker, settings: ServerSettings) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        return await answer(body, request, completion(body, worker.tokenizer, worker.engine.max_length), COMPLETION)
+        return await answer(body, request, completion(body, backend.tokenizer, backend.max_length), COMPLETION)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        return await answer(body, request, chat(body, worker.tokenizer, worker.engine.max_length), CHAT)
+        return await answer(body, request, chat(body, backend.tokenizer, backend.max_length), CHAT)
 
     async def answer(body: Body, request: Request, asked: Asked, form: Form) -> Response:
         if body.model != settings.name:
             raise HTTPException(404, f"there is no model {body.model!r} here, only {settings.name!r}")
-        deltas = worker.submit(asked.requests, asked.stop)
+        deltas = backend.submit(asked.requests, asked.stop)
         made = Answer(form, settings.name, asked.prompt_tokens, len(asked.requests))
         ids = [r.id for r in asked.requests]
         if body.stream:
-            chunks = _stream(worker, ids, deltas, made, body.wants_usage)
+            chunks = _stream(backend, ids, deltas, made, body.wants_usage)
             return StreamingResponse(chunks, media_type="text/event-stream")
-        return await _whole(worker, ids, deltas, made, request)
+        return await _whole(backend, ids, deltas, made, request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -66,8 +67,8 @@ def create_app(worker: Worker, settings: ServerSettings) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        if worker.failed is not None:
-            return JSONResponse({"status": "failed", "reason": worker.failed}, 503)
+        if backend.failed is not None:
+            return JSONResponse({"status": "failed", "reason": backend.failed}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -78,7 +79,7 @@ def create_app(worker: Worker, settings: ServerSettings) -> FastAPI:
 
 
 async def _stream(
-    worker: Worker, ids: Sequence[str], deltas: asyncio.Queue[Delta], made: Answer, wants_usage: bool
+    backend: Backend, ids: Sequence[str], deltas: asyncio.Queue[Delta], made: Answer, wants_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events. The framework cancels this when the client hangs up."""
     try:
@@ -96,11 +97,11 @@ async def _stream(
             yield _event(made.usage_chunk())
         yield "data: [DONE]\n\n"
     finally:
-        worker.cancel(ids)
+        backend.cancel(ids)
 
 
 async def _whole(
-    worker: Worker, ids: Sequence[str], deltas: asyncio.Queue[Delta], made: Answer, request: Request
+    backend: Backend, ids: Sequence[str], deltas: asyncio.Queue[Delta], made: Answer, request: Request
 ) -> Response:
     """Everything at once; given up when the client hangs up."""
 
@@ -125,7 +126,7 @@ async def _whole(
     finally:
         for task in tasks:
             task.cancel()
-        worker.cancel(ids)
+        backend.cancel(ids)
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.metrics import Metrics
+from serving.server_options import ServerOptions
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,15 @@ class ServerSettings:
     name: str
     api_key: str = ""
     max_body: int = 1 << 20
+
+
+def settings_of(options: ServerOptions, name: str) -> ServerSettings:
+    """The settings of a command line, for a model that is called `name` unless it says otherwise."""
+    key = options.api_key or os.environ.get("SERVING_API_KEY", "")
+    if options.host not in LOOPBACK and not key:
+        print(f"warning: host={options.host} lets anybody who reaches it use this server; set SERVING_API_KEY",
+              file=sys.stderr)  # fmt: skip
+    return ServerSettings(options.name or name, key, options.max_body)
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
