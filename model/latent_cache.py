@@ -42,3 +42,11 @@ class LatentCache:
         """[B, L, key_value_rank + rope_dim]."""
         layer = self.latents[self.index[label]]
         return layer.index_select(0, slots_BL.flatten()).view(*slots_BL.shape, -1)
+
+    def take(self, slots_N: Tensor) -> Tensor:
+        """A copy of everything in some slots: [layers, N, key_value_rank + rope_dim]."""
+        return self.latents.index_select(1, slots_N.to(self.latents.device))
+
+    def put(self, slots_N: Tensor, latents_LNC: Tensor) -> None:
+        """Fill slots with what another cache of the same layers gave (`take`)."""
+        self.latents.index_copy_(1, slots_N.to(self.latents.device), latents_LNC)

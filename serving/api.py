@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.sampling import Sampling
-from serving.engine import Refused
+from serving.admission import Refused
 from serving.sequence import Request
 from serving.tokenizers import Tokenizer
 

@@ -17,11 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from serving.admission import Busy, Refused
 from serving.answers import CHAT, COMPLETION, Answer, Form
 from serving.api import Asked, Body, ChatBody, CompletionBody, chat, completion
 from serving.backend import Backend, EngineFailed
 from serving.calls import Delta
-from serving.engine import Busy, Refused
 from serving.guard import Guard, ServerSettings, error_body
 from serving.metrics import Metrics
 

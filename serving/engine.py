@@ -17,6 +17,7 @@ from torch import Tensor
 from model.decode import Decoder, Piece
 from model.sampling import choose
 from model.stage import ModelStage
+from serving.admission import Busy, Refused, check_cache, check_request
 from serving.drafts import propose, verify
 from serving.pages import PagePool
 from serving.scheduler import Limits, Scheduler, Work
@@ -60,14 +61,6 @@ class Counters:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
-class Refused(ValueError):
-    """A request that cannot be served as it is; the message says why."""
-
-
-class Busy(RuntimeError):
-    """The queue is full."""
-
-
 class Engine:
     """max_length: the longest sequence, prompt and answer. drafts: guess with the first MTP module (drafts.py)."""
 
@@ -94,28 +87,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise Refused for a request that can never be served, saying why."""
-        vocabulary = self.decoder.config.vocab_size
-        total = len(request.prompt) + request.max_tokens
-        if not request.prompt:
-            raise Refused("the prompt is empty")
-        if request.max_tokens < 1:
-            raise Refused(f"max_tokens={request.max_tokens} must be at least 1")
-        if not all(0 <= token < vocabulary for token in request.prompt):
-            raise Refused(f"the prompt has tokens outside of 0 … {vocabulary - 1}")
-        if total > self.max_length:
-            raise Refused(
-                f"{len(request.prompt)} tokens of prompt and max_tokens={request.max_tokens} exceed the "
-                f"{self.max_length} tokens that this model serves"
-            )
-        if self.pool.pages_for(total) > self.pool.total:
-            raise Refused(
-                f"{len(request.prompt)} tokens of prompt and max_tokens={request.max_tokens} exceed the cache of "
-                f"{self.pool.total * self.pool.size} tokens"
-            )
-        try:
-            request.sampling.check()
-        except ValueError as error:
-            raise Refused(str(error)) from None
+        check_request(request, self.decoder.config.vocab_size, self.max_length)
+        check_cache(request, self.pool.total * self.pool.size, self.pool.size)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises Refused (see `check`), or Busy if there are too many already."""

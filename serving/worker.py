@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from serving.admission import Busy
 from serving.backend import EngineFailed, EngineState
 from serving.calls import Calls, Delta, Listeners
-from serving.engine import Busy, Engine
+from serving.engine import Engine
 from serving.sequence import Request
 from serving.tokenizers import Tokenizer
 

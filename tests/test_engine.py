@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.sampling import Sampling
-from serving.engine import Busy, CacheSize, Engine, Refused, run_alone
+from serving.admission import Busy, Refused
+from serving.engine import CacheSize, Engine, run_alone
 from serving.pages import PagePool
 from serving.scheduler import Limits, Scheduler
 from serving.sequence import Request, Sequence

@@ -1,0 +1,140 @@
+"""Control messages between the front and its engine processes: lines of JSON over TCP. Tensors never travel here.
+
+Either end proves first that it knows a key which the front made up at its start, so nobody else who reaches the port
+is obeyed; messages are not encrypted. The engines' end is a thread that fills an inbox, the front's end is asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import queue
+import secrets
+import socket
+import threading
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from model.sampling import Sampling
+from serving.sequence import Request
+
+Message = dict[str, Any]
+LIMIT = 1 << 26  # bytes of a message
+GONE: Message = {"kind": "gone"}  # put into the inbox when the connection has ended
+_SECONDS = 30  # for both proofs
+
+
+class NotTrusted(ConnectionError):
+    """The other end does not know the key."""
+
+
+def encode_request(request: Request) -> Message:
+    return {**asdict(request), "prompt": list(request.prompt)}
+
+
+def decode_request(message: Message) -> Request:
+    return Request(**{**message, "prompt": tuple(message["prompt"]), "sampling": Sampling(**message["sampling"])})
+
+
+class Channel:
+    """An engine's end: `send` from any thread, `inbox` gets what the front says, and GONE at the end."""
+
+    def __init__(self, host: str, port: int, key: str, hello: Message) -> None:
+        """Connects and proves. hello: who this is. Raises OSError or NotTrusted."""
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._socket = socket.create_connection((host, port), timeout=_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._file = self._socket.makefile("rb")
+        self._lock = threading.Lock()
+        challenge = secrets.token_hex()
+        self.send({"challenge": challenge})
+        answer = self._read() or {}
+        if not hmac.compare_digest(str(answer.get("proof")), _proof(key, "front", challenge)):
+            raise NotTrusted(f"whoever listens on {host}:{port} does not know the key")
+        self.send({**hello, "proof": _proof(key, "engine", str(answer["challenge"]))})
+        self._socket.settimeout(None)
+        threading.Thread(target=self._receive, name="channel", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        data = _line(message)
+        with self._lock:
+            self._socket.sendall(data)
+
+    def _read(self) -> Message | None:
+        line = self._file.readline(LIMIT)
+        return dict(json.loads(line)) if line else None
+
+    def _receive(self) -> None:
+        try:
+            while (message := self._read()) is not None:
+                self.inbox.put(message)
+        except (OSError, ValueError):
+            pass
+        self.inbox.put(GONE)
+
+
+class Peer:
+    """An engine as the front sees it."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+
+    def send(self, message: Message) -> None:
+        """Never waits; what was sent to somebody who is gone is lost."""
+        if not self._writer.is_closing():
+            self._writer.write(_line(message))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Listener(Protocol):
+    """What happens to an engine's connection, in the front's event loop."""
+
+    def joined(self, peer: Peer, hello: Message) -> None: ...
+
+    def received(self, peer: Peer, message: Message) -> None: ...
+
+    def left(self, peer: Peer) -> None: ...
+
+
+async def listen(host: str, port: int, key: str, listener: Listener) -> asyncio.Server:
+    """Accept engines from now on; port 0: any free one."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = Peer(writer)
+        try:
+            hello = await asyncio.wait_for(_prove(reader, peer, key), _SECONDS)
+        except (TimeoutError, NotTrusted, OSError, ValueError, KeyError):
+            writer.close()
+            return
+        listener.joined(peer, hello)
+        try:
+            while line := await reader.readline():
+                listener.received(peer, json.loads(line))
+        except (OSError, ValueError):
+            pass
+        finally:
+            listener.left(peer)
+            writer.close()
+
+    return await asyncio.start_server(serve, host, port, limit=LIMIT)
+
+
+async def _prove(reader: asyncio.StreamReader, peer: Peer, key: str) -> Message:
+    first = json.loads(await reader.readline())
+    challenge = secrets.token_hex()
+    peer.send({"proof": _proof(key, "front", str(first["challenge"])), "challenge": challenge})
+    hello: Message = json.loads(await reader.readline())
+    if not hmac.compare_digest(str(hello.pop("proof")), _proof(key, "engine", challenge)):
+        raise NotTrusted("an engine does not know the key")
+    return hello
+
+
+def _proof(key: str, who: str, challenge: str) -> str:
+    return hmac.new(key.encode(), f"{who} {challenge}".encode(), "sha256").hexdigest()
+
+
+def _line(message: Message) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"

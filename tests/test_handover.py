@@ -1,0 +1,195 @@
+"""Prefill in one process, decode in another: the cache arrives bit for bit, and tokens are those of one engine."""
+
+from __future__ import annotations
+
+import queue
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.sampling import Sampling
+from serving.admission import Refused
+from serving.engine import CacheSize, Engine, run_alone
+from serving.handover import HandoverError, LinkEnd, Pair, receive_cache, send_cache
+from serving.scheduler import Limits
+from serving.sequence import Request, Sequence
+from serving.sides import DecodeEngine, PrefillEngine
+from tests.spawn import run_ranks
+from tests.test_decode import CONFIG, model_of
+from tests.test_engine import GREEDY, MAX, requests
+
+CASES = {"plain": (False, GREEDY), "sampled": (False, Sampling(0.9, 20, 0.95)), "drafts": (True, GREEDY)}
+
+
+def prefill(drafts: bool, pages: int = 30) -> PrefillEngine:
+    return PrefillEngine(model_of(CONFIG, "fp32"), MAX, CacheSize(pages, 4), Limits(4, 24), drafts)
+
+
+def decode(drafts: bool, pages: int = 40, sequences: int = 3) -> DecodeEngine:
+    return DecodeEngine(model_of(CONFIG, "fp32"), MAX, CacheSize(pages, 7), Limits(sequences, 32), drafts)
+
+
+def make_pair(rank: int, name: str) -> Pair:
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    return Pair("gloo", store, rank, 30, torch.device("cpu"))
+
+
+def run_side(rank: int, world: int) -> dict[str, dict[str, object]]:
+    """Rank 0 reads prompts, rank 1 goes on; what each made, and the latents that left and came."""
+    return {name: (_prefill if rank == 0 else _decode)(make_pair(rank, name), *case) for name, case in CASES.items()}
+
+
+def _prefill(pair: Pair, drafts: bool, sampling: Sampling) -> dict[str, object]:
+    engine, wanted = prefill(drafts), {r.id: r for r in requests(12, 5, sampling)}
+    for request in wanted.values():
+        engine.add(request)
+    made: dict[str, list[int]] = {}
+    latents: dict[str, object] = {}
+    for number in range(len(wanted)):
+        while not engine.parked and not engine.idle:
+            for event in engine.step():
+                made[event.id] = list(event.tokens)
+        if not engine.parked:
+            break
+        sequence = engine.leave(next(iter(engine.parked)))
+        assert sequence is not None
+        cache, slots = engine.decoder.cache, sequence.slots[: sequence.cached]
+        latents[sequence.request.id] = cache.take(slots).numpy()
+        pair.send(torch.tensor([int(sequence.request.id), sequence.tokens[-1]]))
+        send_cache(pair, number, cache, slots)
+        engine.release(sequence)
+    pair.send(torch.tensor([-1, -1]))
+    assert engine.pool.used == 0
+    return {"made": made, "latents": latents}
+
+
+def _decode(pair: Pair, drafts: bool, sampling: Sampling) -> dict[str, object]:
+    engine, wanted = decode(drafts), requests(12, 5, sampling)
+    made: dict[str, list[int]] = {}
+    latents: dict[str, object] = {}
+    number = 0
+
+    def step() -> None:
+        for event in engine.step():
+            made[event.id] = [*made.get(event.id, []), *event.tokens]
+
+    while (first := pair.receive((2,), torch.int64).tolist())[0] >= 0:
+        while (sequence := engine.reserve(wanted[first[0]], first[1:])) is None:
+            step()
+        slots = sequence.slots[: sequence.cached]
+        receive_cache(pair, number, engine.decoder.cache, slots)
+        latents[sequence.request.id] = engine.decoder.cache.take(slots).numpy()
+        engine.adopt(sequence)
+        number += 1
+        step()
+    while not engine.idle:
+        step()
+    assert engine.pool.used == 0
+    return {"made": made, "latents": latents}
+
+
+def test_tokens_of_two_processes_are_those_of_one_engine_and_the_cache_arrives_bit_for_bit() -> None:
+    left, right = run_ranks(2, run_side)
+    for name, (drafts, sampling) in CASES.items():
+        sent, came = left[name]["latents"], right[name]["latents"]
+        assert len(sent) > 8
+        assert sent.keys() == came.keys()
+        for id, latents in sent.items():
+            assert latents.shape[0] == CONFIG.num_layers + drafts
+            assert (latents == came[id]).all()
+            assert abs(latents).min() > 0, "slots that nobody has written"
+        for request in requests(12, 5, sampling):
+            one = Engine(model_of(CONFIG, "fp32"), MAX, CacheSize(64, 4), Limits(), drafts)
+            both = [*left[name]["made"][request.id], *right[name]["made"].get(request.id, [])]
+            assert both == run_alone(one, request), (name, request)
+
+
+def wrong_order(rank: int, world: int) -> str:
+    """Hand-over 3 where 2 is expected; then the other end goes away."""
+    ended: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    connected: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    end = LinkEnd(partial(make_pair, rank, "order"), lambda: connected.put(True), ended.put)
+    end.start()
+    cache = model_cache()
+    slots = torch.arange(5)
+    if rank == 0:
+        end.do(lambda pair: send_cache(pair, 3, cache, slots))
+        end.close()
+    else:
+        end.do(lambda pair: receive_cache(pair, 2, cache, slots))
+    assert connected.get(timeout=30)
+    return str(ended.get(timeout=30))
+
+
+def model_cache():
+    return prefill(False).decoder.cache
+
+
+def test_a_mistaken_hand_over_is_noticed() -> None:
+    _, second = run_ranks(2, wrong_order)
+    assert HandoverError.__name__ in second
+    assert "hand-over 2 of 5 tokens was to come, but [3, 5] came" in second
+
+
+def vanishing(rank: int, world: int) -> str:
+    """The prefill process is gone while the other one waits for its cache."""
+    pair = make_pair(rank, "vanishing")
+    dist.barrier()
+    if rank == 0:
+        del pair
+        return ""
+    with pytest.raises(RuntimeError):
+        receive_cache(pair, 0, model_cache(), torch.arange(5))
+    return "noticed"
+
+
+def test_a_lost_peer_is_noticed() -> None:
+    assert run_ranks(2, vanishing)[1] == "noticed"
+
+
+def read(engine: PrefillEngine, request: Request) -> Sequence:
+    engine.add(request)
+    while not engine.idle:
+        engine.step()
+    sequence = engine.leave(request.id)
+    assert sequence is not None
+    return sequence
+
+
+def test_room_on_both_sides() -> None:
+    """Parked prompts keep their pages, a full decode side takes nobody, and whoever is cancelled frees all."""
+    e = prefill(False, pages=8)
+    for i in range(3):
+        e.add(Request(str(i), tuple(range(1, 17)), 5, GREEDY))
+    for _ in range(20):
+        e.step()
+    assert set(e.parked) == {"0", "1"}, "the third finds no pages"
+    assert e.pool.free == 0
+    e.cancel("0")
+    while len(e.parked) < 2:
+        e.step()
+    assert e.leave("0") is None
+    for id in ("1", "2"):
+        e.cancel(id)
+    assert e.pool.used == 0
+    d = decode(False, pages=6, sequences=3)
+    wanted = [Request(str(i), tuple(range(1, 17)), 5, GREEDY) for i in range(3)]
+    first = d.reserve(wanted[0], [3])
+    assert first is not None
+    assert d.reserve(wanted[1], [3]) is not None
+    assert d.reserve(wanted[2], [3]) is None, "no pages"
+    d.release(first)
+    assert d.reserve(wanted[2], [3]) is not None
+    assert d.places == 1
+    with pytest.raises(Refused, match="exceed the cache"):
+        d.reserve(Request("9", (1,) * 40, 20), [3])
+    with pytest.raises(Refused, match="cache for prompts"):
+        e.add(Request("9", (1,) * 40, 20))
+    assert read(e, Request("9", (1,) * 30, 20)).cached == 30
+
+
+def test_nothing_but_gloo_and_nccl() -> None:
+    with pytest.raises(ValueError, match="'mpi'"):
+        Pair("mpi", dist.HashStore(), 0, 1, torch.device("cpu"))
