@@ -8,7 +8,9 @@ differs. The text is read less than once, so the training loss is an honest meas
 The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
-    fp32     how far two runs drift apart that differ by rounding of BF16 alone: the noise of the comparison
+    fp32     how far two runs drift apart that differ by rounding of BF16 alone
+    split    BF16 again, each step in two micro-batches: the same sums in another order. What it differs from BF16 is
+             the noise of the comparison
 """
 
 from __future__ import annotations
@@ -26,24 +28,26 @@ RUNS = Path("runs/fp8_training")
 STEPS = 1000
 WINDOW = 200  # steps over which a loss is averaged
 COMMON = (
-    "parallel.pp=1 schedule=one_f_one_b schedule.micro_batches=1 launch.threads=1 logger=none sample_tokens=0 "
+    "parallel.pp=1 schedule=one_f_one_b launch.threads=1 logger=none sample_tokens=0 "
     "data.val_fraction=0.3 optim.lr=5e-4 optim.lr_final=5e-5 optim.warmup_steps=100 optim.moments=bf16 "
-    "eval_every=250 eval_batches=8 save_every=1000"
+    "eval_every=500 eval_batches=64 save_every=1000"
 )
 LATER = "optim.lr=1e-4 optim.lr_final=1e-5 seed=10 init_from=runs/fp8_training"
 MODELS = {
-    "tiny": "model=tiny data.micro_batch_size=4",
+    "tiny": "model=tiny",
     "wider": "model=small model.num_layers=5 model.num_experts=8 model.num_groups=4 model.num_heads=4 "
-    "model.dense_ffn_size=512 data.micro_batch_size=2",
+    "model.dense_ffn_size=512",
 }
+ROWS = {"tiny": 4, "wider": 2}  # sequences in a step
 MODELS |= {f"{name}_later": f"{words} {LATER}/{name}-bf16-0" for name, words in MODELS.items()}
 VARIANTS = {
     "bf16": "precision=bf16",
     "fp8": "precision=fp8",
     "blocks": "precision=fp8 precision.gradient_blocks=true",
     "fp32": "precision=fp32",
+    "split": "precision=bf16",
 }
-COLORS = {"bf16": "black", "fp8": "tab:red", "blocks": "tab:blue", "fp32": "tab:green"}
+COLORS = {"bf16": "black", "fp8": "tab:red", "blocks": "tab:blue", "fp32": "tab:green", "split": "tab:gray"}
 SEEDS = ("0", "1", "2", "3")
 
 
@@ -72,7 +76,9 @@ class Losses:
 
 def run(model: str, variant: str, seed: str = "0") -> None:
     name = f"{model}-{variant}-{seed}"
-    words = f"{COMMON} seed={seed} {MODELS[model]} {VARIANTS[variant]} steps={STEPS} runs_dir={RUNS} run={name}"
+    rows, cuts = ROWS[model.removesuffix("_later")], 2 if variant == "split" else 1
+    words = f"{COMMON} schedule.micro_batches={cuts} data.micro_batch_size={rows // cuts} seed={seed} {MODELS[model]} "
+    words += f"{VARIANTS[variant]} steps={STEPS} runs_dir={RUNS} run={name}"
     subprocess.run([sys.executable, "train.py", *words.split()], check=True)
 
 
