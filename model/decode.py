@@ -157,6 +157,24 @@ class Decoder:
         merged_TD = self.module.merge(hidden_TD, batch.tokens_T, self.stage.embedding)
         return self.module.norm(self._layer(self.module.layer, merged_TD, batch))
 
+    @torch.no_grad()
+    def join(self, drafts: bool = False) -> None:
+        """Take part in a step without tokens of one's own: other ranks' tokens come to the experts that are here."""
+        nothing_0D = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            if layer.is_moe:
+                self._experts(layer, nothing_0D)
+        if drafts:
+            self.join_draft()
+
+    @torch.no_grad()
+    def join_draft(self) -> None:
+        """The same for `draft`."""
+        assert self.module is not None
+        if self.module.layer.is_moe:
+            nothing_0D = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            self._experts(self.module.layer, nothing_0D)
+
     def _layer(self, layer: Layer, h_TD: Tensor, batch: DecodeBatch) -> Tensor:
         h_TD = h_TD + self._attend(layer, layer.attention_norm(h_TD), batch)
         x_TD = layer.mlp_norm(h_TD)

@@ -61,6 +61,10 @@ class Precision(Protocol):
 
     def refresh(self) -> None: ...
 
+    def forget(self, weight: nn.Parameter) -> None:
+        """This weight is gone: drop what was made of it."""
+        ...
+
 
 class CastPrecision:
     """Computes in FP64, FP32 or BF16 with plain torch matrix products, every module alike."""
@@ -100,6 +104,9 @@ class CastPrecision:
     def refresh(self) -> None:
         """The weights have changed: forget the copies."""
         self._copies.clear()
+
+    def forget(self, weight: nn.Parameter) -> None:
+        self._copies.pop(weight, None)
 
     def _copy(self, weight: nn.Parameter) -> Tensor:
         if weight.dtype == self.dtype:

@@ -145,8 +145,8 @@ class RoutedDispatcher:
             self.place = Place(groups.position, groups.nodes, groups.local, experts_per_rank)
 
     def open(self) -> Exchange:
-        counts = _Counts(self)
-        dispatch = _Dispatch(self)
+        counts = RoutedCounts(self)
+        dispatch = RoutedDispatch(self)
         return Exchange(counts, dispatch, _Combine(dispatch))
 
     def hop_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
@@ -157,7 +157,7 @@ class RoutedDispatcher:
         return (groups.whole, None) if groups.local == 1 else (groups.rail, groups.node)
 
 
-class _Counts:
+class RoutedCounts:
     start_backward = None
 
     def __init__(self, dispatcher: RoutedDispatcher) -> None:
@@ -180,7 +180,7 @@ class _Counts:
         return Promise(finish)
 
 
-class _Dispatch:
+class RoutedDispatch:
     def __init__(self, dispatcher: RoutedDispatcher) -> None:
         self.dispatcher = dispatcher
         self._route: Route | None = None
@@ -227,7 +227,7 @@ class _Dispatch:
 
 
 class _Combine:
-    def __init__(self, dispatch: _Dispatch) -> None:
+    def __init__(self, dispatch: RoutedDispatch) -> None:
         self.dispatch = dispatch
 
     def start(self, y_RD: Tensor) -> Promise:

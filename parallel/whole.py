@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from dualpipe.schedules import make_schedule
+import dualpipe.stage as stage_types
 from dualpipe.wgrad import WeightGradQueue
 from model.config import ModelConfig
 from model.hf_files import CONFIG, PublicCheckpoint
+from model.init import initialise
+from model.layers import Toolbox
 from model.names import named_tensors
 from model.precisions import make_precision
-from model.stage import ModelStage
-from parallel.build import BuildOptions, build_stages
-from parallel.mesh import Layout, Mesh
+from model.stage import ModelStage, StageShape
+from parallel.dispatch import RoutedDispatcher
 from parallel.saved import CheckpointError, has_average, list_checkpoints, load_weights, problem_of, read_run_state
 
 
@@ -68,20 +69,33 @@ def load_whole_model(
     """Find a model (see `find_model`) and load its weights, or the average of them."""
     found = find_model(path, averaged)
     stage = empty_model(found.config, precision, device)
+    load_into(found, stage, averaged)
+    return WholeModel(stage, found.folder, found.max_length)
+
+
+def load_into(found: FoundModel, stage: ModelStage, averaged: bool = False) -> None:
+    """Read the weights of a stage, and only those, into it."""
     if found.is_public:
         tensors = {name: tensor.detach() for name, tensor, _ in named_tensors(stage)}
         PublicCheckpoint(found.folder).load_into(found.config, tensors)
     else:
         load_weights(found.folder, stage, averaged)
-    return WholeModel(stage, found.folder, found.max_length)
 
 
-def empty_model(config: ModelConfig, precision: str, device: str | torch.device = "cpu", seed: int = 0) -> ModelStage:
-    """The whole model as one stage with its initial weights. Raises ValueError for an unknown precision."""
+def empty_model(
+    config: ModelConfig, precision: str, device: str | torch.device = "cpu", seed: int = 0, with_experts: bool = True
+) -> ModelStage:
+    """The whole model as one stage with its initial weights. Raises ValueError for an unknown precision.
+
+    with_experts   whether it has the routed experts; else its layers have none, for somebody who brings his own
+    """
+    config.check()
     seam, dtype = make_precision(precision)
-    mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
-    options = BuildOptions(seed=seed, param_dtype=dtype, device=device)
-    return build_stages(config, make_schedule("one_f_one_b", 1, 1), mesh, seam, options, WeightGradQueue())[0]
+    tools = Toolbox(seam, WeightGradQueue(), RoutedDispatcher(None, config.num_experts), dtype, device)
+    experts = range(config.num_experts if with_experts else 0)
+    stage = ModelStage(config, StageShape(range(config.num_layers), experts, True, True), tools, stage_types)
+    initialise(stage, seed, config.init_std)
+    return stage
 
 
 def _find_checkpoint(path: Path) -> Path:

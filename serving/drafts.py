@@ -39,8 +39,10 @@ def verify(logits_NV: Tensor, sampling: Sampling, index: int, draft: Draft | Non
     return draw(rest_V.unsqueeze(0), [uniform(sampling.seed, index)])
 
 
-def propose(decoder: Decoder, hidden_TD: Tensor, rows: Many[tuple[Sequence, int, int]]) -> None:
+def propose(decoder: Decoder, hidden_TD: Tensor, rows: Many[tuple[Sequence, int, int]]) -> bool:
     """Let the module read what the main model has read in this step, and draft the next token of each sequence.
+
+    Returns whether there was anything to read.
 
     rows   sequences, the row of hidden_TD where each begins, and how much of it was in the cache before this step
     """
@@ -59,13 +61,14 @@ def propose(decoder: Decoder, hidden_TD: Tensor, rows: Many[tuple[Sequence, int,
             drafting.append(s)
             ends.append(total - 1)
     if not pieces:
-        return
+        return False
     drafted_TD = decoder.draft(decoder.batch(pieces), hidden_TD[taken])
     if not drafting:
-        return
+        return True
     samplings = [s.request.sampling for s in drafting]
     q_BV = probabilities(decoder.logits(drafted_TD[ends]), samplings)
     # made tokens have indices 0 … made − 1; the next step makes token `made`, which is the one that is guessed here
     tokens = draw(q_BV, [uniform(s.request.sampling.seed, s.made, DRAFT) for s in drafting])
     for s, token, q_V in zip(drafting, tokens, torch.unbind(q_BV), strict=True):
         s.draft = Draft(token, q_V)
+    return True

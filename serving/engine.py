@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from serving.drafts import propose, verify
 from serving.pages import PagePool
 from serving.scheduler import Limits, Scheduler, Work
 from serving.sequence import Request, Sequence
+
+if TYPE_CHECKING:
+    from serving.expert_parallel import ExpertParallel
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,10 @@ class Counters:
 
 
 class Engine:
-    """max_length: the longest sequence, prompt and answer. drafts: guess with the first MTP module (drafts.py)."""
+    """max_length: the longest sequence, prompt and answer. drafts: guess with the first MTP module (drafts.py).
+
+    experts   whose the model's routed experts are, if they are shared with other ranks: then all ranks step together
+    """
 
     def __init__(
         self,
@@ -71,6 +78,7 @@ class Engine:
         cache: CacheSize | None = None,
         limits: Limits | None = None,
         drafts: bool = False,
+        experts: ExpertParallel | None = None,
     ) -> None:
         cache, limits = cache or CacheSize(), limits or Limits()
         limits.check(drafts)
@@ -78,8 +86,12 @@ class Engine:
         self.pool = PagePool(cache.pages, cache.page_size)
         self.scheduler = Scheduler(self.pool, limits)
         self.decoder = Decoder(model, cache.tokens, drafts)
+        self.experts = experts
+        if experts is not None:
+            experts.watch(self.decoder.loads)
         self.counters = Counters()
         self._sequences: dict[str, Sequence] = {}
+        self._events: list[Event] = []  # that came of a step which then failed are those of the next
 
     @property
     def idle(self) -> bool:
@@ -108,23 +120,36 @@ class Engine:
             self.scheduler.remove(sequence)
 
     def step(self) -> list[Event]:
-        """Compute one step; what came of it, at most one event per request."""
+        """Compute one step; what came of it, at most one event per request.
+
+        Raises RuntimeError if the experts are shared, and a rank is gone; a later step computes the same again.
+        """
         work = self.scheduler.plan()
+        if self.experts is None or self.experts.begin(sum(w.count for w in work)):
+            self._compute(work)
+        events, self._events = self._events, []
+        return events
+
+    def _compute(self, work: list[Work]) -> None:
         if not work:
-            return []
+            if self.experts is not None:
+                self.decoder.join(self.drafts)
+            return
         batch = self.decoder.batch([Piece(w.read, w.sequence.slots[: w.sequence.cached + w.count]) for w in work])
         hidden_TD = self.decoder.forward(batch)
         starts = [0, *accumulate(w.count for w in work)]
         before = [w.sequence.cached for w in work]
         events = self._make_tokens(work, hidden_TD, starts)
-        if self.drafts:
-            rows = [(w.sequence, start, cached) for w, start, cached in zip(work, starts, before, strict=False)]
-            propose(self.decoder, hidden_TD, [row for row in rows if row[0].finish is None])
         self.counters.steps += 1
         for event in events:
             if event.finish is not None:
                 self.scheduler.remove(self._sequences.pop(event.id))
-        return events
+        self._events += events
+        if self.drafts:
+            rows = [(w.sequence, start, cached) for w, start, cached in zip(work, starts, before, strict=False)]
+            read = propose(self.decoder, hidden_TD, [row for row in rows if row[0].finish is None])
+            if not read and self.experts is not None:
+                self.decoder.join_draft()
 
     def _make_tokens(self, work: list[Work], hidden_TD: Tensor, starts: list[int]) -> list[Event]:
         """Take note of what was read, and make the next tokens where all was."""

@@ -12,7 +12,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,20 +23,25 @@ class RankFailed(AssertionError):
     """A rank raised or died; the message holds its traceback."""
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-    """fn(rank, world, *args) in `world` processes; `fn` is a top-level function. Returns their results in order."""
+def run_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, timeout: float = 300, lost: Sequence[int] = ()
+) -> list[Any]:
+    """fn(rank, world, *args) in `world` processes; `fn` is a top-level function. Returns their results in order.
+
+    lost   ranks that will be killed, and have no result
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_main, args=(rank, world, folder, fn, args, results), daemon=True)
+            context.Process(target=_main, args=(rank, world, folder, fn, args, results, bool(lost)), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
             process.start()
         try:
-            return _collect(processes, results, time.monotonic() + timeout)
+            return _collect(processes, results, time.monotonic() + timeout, lost)
         finally:
             for process in processes:
                 process.kill()
@@ -44,8 +49,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 3
                 process.join()
 
 
-def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
-    found: dict[int, Any] = {}
+def _collect(processes: list[Any], results: Any, deadline: float, lost: Sequence[int]) -> list[Any]:
+    found: dict[int, Any] = dict.fromkeys(lost)
     while len(found) < len(processes):
         try:
             rank, value, error = results.get(timeout=0.2)
@@ -63,7 +68,9 @@ def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
     return [found[r] for r in range(len(processes))]
 
 
-def _main(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def _main(
+    rank: int, world: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], results: Any, some_lost: bool
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -73,7 +80,8 @@ def _main(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tupl
         store = dist.FileStore(f"{folder}/store", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
         results.put((rank, fn(rank, world, *args), None))
-        dist.barrier()
+        if not some_lost:
+            dist.barrier()
         dist.destroy_process_group()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

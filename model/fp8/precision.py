@@ -53,6 +53,10 @@ class Fp8Precision:
         self._high.refresh()
         self._last = None
 
+    def forget(self, weight: nn.Parameter) -> None:
+        self._weights.pop(weight, None)
+        self._high.forget(weight)
+
     @torch.no_grad()
     def weight(self, weight: nn.Parameter) -> Quantized:
         """In blocks. Rounded to BF16 first, as ZeRO-1 stores it, so that FP8 weights do not depend on the layout."""

@@ -69,6 +69,11 @@ class TransformerEnginePrecision:
         self._fresh.clear()
         self._high.refresh()
 
+    def forget(self, weight: nn.Parameter) -> None:
+        self._modules.pop(weight, None)
+        self._fresh.discard(weight)
+        self._high.forget(weight)
+
     def autocast(self) -> AbstractContextManager[Any]:
         return self._te.autocast(enabled=True, recipe=self._recipe)
 
