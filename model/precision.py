@@ -43,6 +43,10 @@ class Products(Protocol):
         queue: WeightGrads,
     ) -> Tensor: ...
 
+    def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
+        """Bytes that are kept beside a weight of that shape and type from its first use until it changes."""
+        ...
+
 
 class Precision(Protocol):
     """dtype = that of the activations."""
@@ -96,10 +100,10 @@ class CastPrecision:
         queue: WeightGrads,
     ) -> Tensor:
         """The linear layer (grouped, if there are counts) of silu(gate) · up [· router gate]."""
-        hidden = swiglu(gate_up, gates_R, kernels)
-        if counts is None:
-            return self.linear(hidden, weight, queue)
-        return self.grouped_linear(hidden, weight, counts, queue)
+        return after_swiglu(self, swiglu(gate_up, gates_R, kernels), weight, counts, queue)
+
+    def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
+        return 0 if stored == self.dtype else shape.numel() * self.dtype.itemsize
 
     def refresh(self) -> None:
         """The weights have changed: forget the copies."""
@@ -114,6 +118,15 @@ class CastPrecision:
         if weight not in self._copies:
             self._copies[weight] = weight.detach().to(self.dtype)
         return self._copies[weight]
+
+
+def after_swiglu(
+    products: Products, hidden: Tensor, weight: nn.Parameter, counts: list[int] | None, queue: WeightGrads
+) -> Tensor:
+    """The linear layer (grouped, if there are counts) of a SwiGLU's output that is there already."""
+    if counts is None:
+        return products.linear(hidden, weight, queue)
+    return products.grouped_linear(hidden, weight, counts, queue)
 
 
 class _Linear(torch.autograd.Function):

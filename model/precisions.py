@@ -11,7 +11,7 @@ import torch
 from model.fp8.backends import BACKENDS, make_backend
 from model.fp8.precision import Fp8Precision
 from model.fp8.reference import ReferenceBackend
-from model.fp8.transformer_engine import TransformerEnginePrecision, possible_formats
+from model.fp8.transformer_engine import TransformerEngineOnPaper, TransformerEnginePrecision
 from model.precision import CastPrecision, Precision
 
 
@@ -33,10 +33,10 @@ def _fp8(config: PrecisionConfig, here: bool) -> Precision:
     own_layers = config.backend == "transformer_engine"  # it has layers of its own, so it is no backend of ours
     if own_layers and here:
         return TransformerEnginePrecision(config.formats)
-    formats = possible_formats(config.formats) if own_layers else config.formats
-    if not here and (own_layers or config.backend in BACKENDS):
-        return Fp8Precision(ReferenceBackend(), formats, config.gradient_blocks)
-    return Fp8Precision(make_backend(config.backend), formats, config.gradient_blocks)
+    if own_layers:
+        return TransformerEngineOnPaper(config.formats)
+    backend = make_backend(config.backend) if here or config.backend not in BACKENDS else ReferenceBackend()
+    return Fp8Precision(backend, config.formats, config.gradient_blocks)
 
 
 # Name → how it is made, and the dtype of the parameters. fp64 is for exactness checks.

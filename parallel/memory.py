@@ -2,12 +2,13 @@
 
 Per parameter, with N copies and moments of m bytes:
 
-                  weights   gradients   masters   moments      cached copies
-    ZeRO stage 0  4         4           0         2·m          2 where the model computes in BF16
-    ZeRO stage 1  4 or 2    4           4/N       2·m/N        0: the weights are stored in BF16 there
+                  weights   gradients   masters   moments      copies that are multiplied with
+    ZeRO stage 0  4         4           0         2·m          2 in BF16, 1 in FP8
+    ZeRO stage 1  4 or 2    4           4/N       2·m/N        0 in BF16, which the weights are stored in; 1 in FP8
 
-In stage 0 the weights are the FP32 masters. FP64 takes eight bytes for each. The formula leaves out the padding of
-buckets: at most two elements per copy and bucket.
+In stage 0 the weights are the FP32 masters. FP64 takes eight bytes for each. Only the weights of linear layers have a
+copy; in FP8 the scales come with it, 4 bytes for 128×128 weights. The formula leaves out the padding of buckets: at
+most two elements per copy and bucket.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from model.layers import GroupedLinear, Linear
 from model.names import expert_parameters
 from parallel.buckets import compute_dtypes
 from parallel.update import Update
@@ -25,7 +27,7 @@ from parallel.update import Update
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes."""
+    """In bytes. cached: what the precision keeps beside the weights to multiply with, made once per step."""
 
     weights: int
     gradients: int
@@ -48,6 +50,7 @@ def predict(stages: Iterable[nn.Module], dense: int, routed: int, zero: int, mom
     for stage in stages:
         dtypes = compute_dtypes(stage)
         experts = expert_parameters(stage)
+        products = {m.weight: m.products for m in stage.modules() if isinstance(m, Linear | GroupedLinear)}
         for name, parameter in stage.named_parameters():
             if parameter in seen:
                 continue
@@ -59,13 +62,13 @@ def predict(stages: Iterable[nn.Module], dense: int, routed: int, zero: int, mom
             gradients += count * torch.promote_types(parameter.dtype, torch.float32).itemsize
             masters += count * 4 / share if zero else 0
             moments += count * 2 * max(moment_bytes, own if own > 4 else 0) / share
-            if not zero and computed != own and not name.startswith("embedding."):  # rows are cast one by one
-                cached += count * computed
+            if parameter in products:
+                cached += products[parameter].copied(parameter.shape, dtypes[parameter] if zero else parameter.dtype)
     return Memory(*(round(value) for value in (weights, gradients, masters, moments, cached)))
 
 
 def measure(update: Update) -> Memory:
-    """What a rank holds now, by its tensors; cached copies are the precision's and not counted."""
+    """What a rank holds now, by its tensors; the copies are the precision's and not counted."""
     parameters = {p for bucket in update.buckets for p in bucket.parameters}
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
     own_masters = [s.master for s in update.shards if s.master.untyped_storage().data_ptr() not in storages]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from model.fp8.backend import Backend
 from model.fp8.formats import LINEAR_FORMATS, LinearFormat, complete
 from model.fp8.linear import Layer, linear, swiglu_linear
-from model.fp8.quantize import Quantized
+from model.fp8.quantize import E4M3, TILE, Quantized, scale_shape
 from model.functional import Kernels, swiglu
-from model.precision import CastPrecision, Products
+from model.precision import CastPrecision, Products, after_swiglu
 from model.protocols import WeightGrads
 
 
@@ -72,8 +72,12 @@ class Fp8Precision:
             if last() is x and version == x._version and same_scales == power_of_two:
                 return tiles
         tiles = self.backend.quantize(x.detach().flatten(0, -2), power_of_two)
-        self._last = weakref.ref(x), x._version, power_of_two, tiles
+        self._last = weakref.ref(x, self._forget_input), x._version, power_of_two, tiles
         return tiles
+
+    def _forget_input(self, gone: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is gone:
+            self._last = None
 
 
 class Fp8Products:
@@ -97,11 +101,14 @@ class Fp8Products:
         kernels: Kernels,
         queue: WeightGrads,
     ) -> Tensor:
-        layer = self._layer(weight, counts, queue)
         if self.precision.formats["swiglu"] == "bf16":
-            hidden = swiglu(gate_up, gates_R, kernels)
-            return linear(hidden, self._input(hidden), layer)
-        return swiglu_linear(gate_up, gates_R, kernels, layer)
+            return after_swiglu(self, swiglu(gate_up, gates_R, kernels), weight, counts, queue)
+        return swiglu_linear(gate_up, gates_R, kernels, self._layer(weight, counts, queue))
+
+    def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
+        """E4M3 values with the FP32 scales of their blocks, whatever the weight is stored in."""
+        scales = torch.Size(scale_shape(tuple(shape), TILE))
+        return shape.numel() * E4M3.itemsize + scales.numel() * torch.float32.itemsize
 
     def _input(self, x: Tensor) -> Quantized:
         return self.precision.input(x, self.format.power_of_two_input)

@@ -22,6 +22,7 @@ arithmetic of their forward replaced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ from torch import Tensor, nn
 
 from model.fp8.backend import Backend
 from model.fp8.formats import LINEAR_FORMATS, complete
+from model.fp8.precision import Fp8Precision, Fp8Products
+from model.fp8.quantize import TILE
 from model.fp8.reference import ReferenceBackend
 from model.functional import Kernels, swiglu
 from model.grads import grad_of
-from model.precision import CastPrecision, Products
+from model.precision import CastPrecision, Products, after_swiglu
 from model.protocols import WeightGrads
 
 ALIGN = 16
@@ -135,10 +138,10 @@ class TransformerEngineProducts:
         kernels: Kernels,
         queue: WeightGrads,
     ) -> Tensor:
-        hidden = swiglu(gate_up, gates_R, kernels)
-        if counts is None:
-            return self.linear(hidden, weight, queue)
-        return self.grouped_linear(hidden, weight, counts, queue)
+        return after_swiglu(self, swiglu(gate_up, gates_R, kernels), weight, counts, queue)
+
+    def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
+        return copied(shape)
 
     def _run(self, x_RI: Tensor, weight: nn.Parameter, counts: Sequence[int], queue: WeightGrads) -> Tensor:
         module = self.precision.module(weight)
@@ -156,6 +159,30 @@ class TransformerEngineProducts:
             y_PO = module(padded_PI, *_splits(weight, sizes), is_first_microbatch=False)
         y_RO = y_PO if rows is None else y_PO.index_select(0, rows)
         return _Call.apply(y_RO, weight, before_backward)
+
+
+class TransformerEngineOnPaper(Fp8Precision):
+    """For plans where TE cannot run: what it keeps and sends, counted with the reference backend in its place."""
+
+    def __init__(self, formats: Mapping[str, str] | None = None) -> None:
+        super().__init__(ReferenceBackend(), possible_formats(formats or {}))
+
+    def of(self, module: str) -> Products:
+        format = LINEAR_FORMATS.get(self.formats[module])
+        return super().of(module) if format is None else _ProductsOnPaper(self, format)
+
+
+class _ProductsOnPaper(Fp8Products):
+    def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
+        return copied(shape)
+
+
+def copied(shape: torch.Size) -> int:
+    """Bytes of what TE keeps beside a weight: its BF16 copy, and in E4M3 with scales the weight and its transpose."""
+    *experts, N, K = shape
+    rows, columns = -(-N // TILE), -(-K // TILE)
+    scales = rows * (-(-columns // 4) * 4) + columns * (-(-rows // 4) * 4)  # TE fills up its rows to multiples of 4
+    return math.prod(experts) * (4 * N * K + 4 * scales)
 
 
 def possible_formats(formats: Mapping[str, str]) -> dict[str, str]:
