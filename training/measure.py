@@ -10,6 +10,7 @@ W of every piece on the device (on a CPU with launch.threads threads, 1 if that 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -42,25 +43,49 @@ PARTS = {"F": "forward", "I": "inputs", "W": "weights"}
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and write the file. A wrong argument gives one line and status 2."""
-    out = [a.removeprefix("out=") for a in arguments if a.startswith("out=")]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        if not out:
-            raise ValueError("say where to write the costs: out=costs.json")
-        if not Path(out[-1]).absolute().parent.is_dir():
-            raise ValueError(f"out={out[-1]}: there is no such folder")
+        out = _out(arguments)
         config = reduced(_compose([a for a in arguments if not a.startswith("out=")]))
-        job = prepare(config, config.parallel.ep)
+        _check_processes(config.parallel.ep, world)
+        job = prepare(config, world)
     except Exception as error:  # Hydra has many kinds
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if rank == 0:
+            cause = "" if error.__cause__ is None else f": {error.__cause__}"
+            print(f"error: {' '.join(f'{error}{cause}'.split())}", file=sys.stderr)
         return 2
     costs = measure(job)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        Path(out[-1]).write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(costs, indent=1))
+    if rank == 0:
+        text = json.dumps(costs, indent=1)
+        out.write_text(f"{text}\n", encoding="utf-8")
+        print(text)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return 0
+
+
+def _out(arguments: Sequence[str]) -> Path:
+    """Where the file goes."""
+    out = [a.removeprefix("out=") for a in arguments if a.startswith("out=")]
+    if not out:
+        raise ValueError("say where to write the costs: out=costs.json")
+    path = Path(out[-1])
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"out={path}: there is no such folder")
+    if path.is_dir():
+        raise ValueError(f"out={path} is a folder; name a file")
+    return path
+
+
+def _check_processes(ep: int, world: int) -> None:
+    if ep == world:
+        return
+    wanted = "without torchrun" if ep == 1 else f"under torchrun --nproc-per-node={ep}"
+    raise ValueError(
+        f"parallel.ep={ep} is measured by {ep} {'process' if ep == 1 else 'processes'}, but there "
+        f"{'is 1' if world == 1 else f'are {world}'}: start it {wanted}, or set parallel.ep={world}"
+    )
 
 
 def reduced(config: Config) -> Config:
