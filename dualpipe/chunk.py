@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import graph as autograd_graph
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.lanes import HostLanes, Lanes
@@ -24,25 +25,49 @@ from dualpipe.stage import Lane, Pending, Segment, inputs_of, outputs_of
 from dualpipe.wgrad import WeightGradQueue
 
 
-@dataclass
-class _Graph:
-    """What a segment keeps between forward and backward: leaves that take up its inputs' gradients, and the places
-    where its outputs' gradients enter."""
+class _Entry:
+    """Where one value enters a segment's graph; takes up its gradient."""
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    __slots__ = ("grad",)
+
+    def __init__(self) -> None:
+        self.grad: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Graph:
+    """What a segment keeps between forward and backward: where its inputs' gradients arrive, and where its outputs'
+    gradients enter."""
+
+    inputs: dict[str, _Entry] = field(default_factory=dict)
     outputs: dict[str, GradientEdge] = field(default_factory=dict)
 
 
+# Something that asks for gradients, so that a graph begins at a value without holding it. It never gets one.
+_ROOT = torch.zeros((), requires_grad=True)
+
+
 class _Enter(torch.autograd.Function):
-    """A value from outside, whose gradient goes to a leaf of the same shape that has no memory of its own."""
+    """A value from outside, whose gradient goes to its entry."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, root: Tensor, value: Tensor, entry: _Entry) -> Tensor:
+        ctx.entry = entry
         return value.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.entry.grad = grad
+        return None, None, None
+
+
+def _run_backward(outputs: tuple[GradientEdge, ...], grads: tuple[Tensor, ...]) -> None:
+    """`torch.autograd.backward`, whose own checks take as long as a small graph; the engine compares shapes too."""
+    run = getattr(autograd_graph, "_engine_run_backward", None)  # torch's own name for it; not a public one
+    if run is None:
+        torch.autograd.backward(outputs, grads)
+    else:
+        run(outputs, grads, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 class Chunk:
@@ -93,8 +118,8 @@ class Chunk:
             if self._training:
                 for name, value in values.items():
                     if _differentiable(value):
-                        leaf = value.new_empty(()).expand(value.shape).requires_grad_()
-                        graph.inputs[name], values[name] = leaf, _Enter.apply(leaf, value)
+                        entry = graph.inputs[name] = _Entry()
+                        values[name] = _Enter.apply(_ROOT, value, entry)
             results = segment.work(*values.values())  # type: ignore[operator]
         results = results if isinstance(results, tuple) else (results,)
         for name, value in zip(segment.writes, results, strict=True):
@@ -159,9 +184,9 @@ class Chunk:
         if not named:
             return
         with self._queue.record((*self.key, index)):
-            torch.autograd.backward([out for out, _ in named], [grad for _, grad in named])
-        for name, leaf in graph.inputs.items():
-            self._add_grad(name, leaf.grad)
+            _run_backward(tuple(out for out, _ in named), tuple(grad for _, grad in named))
+        for name, entry in graph.inputs.items():
+            self._add_grad(name, entry.grad)
 
     def weights(self, index: int) -> None:
         """The weight gradients of segment `index`."""
@@ -193,4 +218,4 @@ class Chunk:
 
 
 def _differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -1,6 +1,7 @@
 """Messages between pipeline ranks: receives posted early, sends waited for late, any torch.distributed backend.
 
-A message is a tuple of tensors whose shapes both sides know from the stage's spec, so no header travels.
+A message is a tuple of tensors whose shapes both sides know from the stage's spec, so no header travels. On a CPU a
+thread of their own starts messages (`courier.py`).
 
 Order. Gloo matches messages by tag, so they may be posted in any order. NCCL matches by order alone and runs all
 operations of a communicator on one stream, where a receive that was posted early would hold back a later send. So
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe.buffers import BufferPool
+from dualpipe.courier import courier_for
 from dualpipe.messages import Cargo, Message
 from dualpipe.stage import TensorSpec
 
@@ -149,6 +151,8 @@ class P2P:
     def __init__(self, links: Links, device: torch.device, timeout: timedelta) -> None:
         self._links = links
         self._timeout = timeout
+        self._device = device
+        self._courier = courier_for(device)
         self._pool = BufferPool(device)
         self._receives: dict[Message, Parts] = {}
         self._sends: dict[Message, Parts] = {}
@@ -158,39 +162,52 @@ class P2P:
         }
 
     def post(self, message: Message, specs: Sequence[TensorSpec]) -> None:
-        channel, tag = self._address(message, len(specs))
-        group, peer = self._links.groups[channel], self._peers[channel][message.source]
+        self._courier.hand(self._post, message, specs)
+
+    def receive(self, message: Message) -> tuple[Tensor, ...]:
+        received = self._started(self._receives, message)
+        self._complete(message, received, message.source)
+        return tuple([tensor for tensor, _ in received])
+
+    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        self._courier.hand(self._send, message, tensors)
+
+    def release(self, message: Message) -> None:
+        self._complete(message, self._started(self._sends, message), message.destination)
+
+    def finish(self) -> None:
+        self._courier.settle()
+        for message in tuple(self._sends):
+            self.release(message)
+
+    def abandon(self) -> None:
+        self._courier.stop()
+        self._courier = courier_for(self._device)
+        self._receives.clear()
+        self._sends.clear()
+        self._pool.clear()
+
+    def _post(self, message: Message, specs: Sequence[TensorSpec]) -> None:
+        group, peer, tag = self._address(message, message.source, len(specs))
         buffers = [self._pool.take(spec) for spec in specs]
         try:
             self._receives[message] = [(b, group.recv([b], peer, tag + i)) for i, b in enumerate(buffers)]
         except RuntimeError as error:
             raise self._lost(message, message.source, error) from error
 
-    def receive(self, message: Message) -> tuple[Tensor, ...]:
-        received = self._receives.pop(message)
-        self._complete(message, received, message.source)
-        return tuple(tensor for tensor, _ in received)
-
-    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        channel, tag = self._address(message, len(tensors))
-        group, peer = self._links.groups[channel], self._peers[channel][message.destination]
+    def _send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        group, peer, tag = self._address(message, message.destination, len(tensors))
         buffers = [t.detach().contiguous() for t in tensors]
         try:
             self._sends[message] = [(b, group.send([b], peer, tag + i)) for i, b in enumerate(buffers)]
         except RuntimeError as error:
             raise self._lost(message, message.destination, error) from error
 
-    def release(self, message: Message) -> None:
-        self._complete(message, self._sends.pop(message), message.destination)
-
-    def finish(self) -> None:
-        for message in tuple(self._sends):
-            self.release(message)
-
-    def abandon(self) -> None:
-        self._receives.clear()
-        self._sends.clear()
-        self._pool.clear()
+    def _started(self, table: dict[Message, Parts], message: Message) -> Parts:
+        """A message's operations; waits for the courier if it has not come to them yet."""
+        if message not in table:
+            self._courier.settle()
+        return table.pop(message)
 
     def report(self, text: str) -> None:
         """Written into the store of the process group, which outlives the rank (unless the store is its own)."""
@@ -214,12 +231,13 @@ class P2P:
         groups = list(self._links.groups.values())[:1]
         return [group.get_group_store() for group in groups if hasattr(group, "get_group_store")]
 
-    def _address(self, message: Message, num_tensors: int) -> tuple[Channel, int]:
-        """The channel of a message, and the tag of its first tensor."""
+    def _address(self, message: Message, pp_rank: int, num_tensors: int) -> tuple[dist.ProcessGroup, int, int]:
+        """The group that carries a message, the peer's rank in it, and the tag of the first tensor."""
         if num_tensors > MAX_TENSORS:
             raise ValueError(f"{message} has {num_tensors} tensors; at most {MAX_TENSORS} fit in a message")
         channel = (message.destination > message.source, message.cargo)
-        return channel, self._links.tags.of(message.micro_batch, message.stage, message.cargo)
+        tag = self._links.tags.of(message.micro_batch, message.stage, message.cargo)
+        return self._links.groups[channel], self._peers[channel][pp_rank], tag
 
     def _complete(self, message: Message, parts: Parts, pp_rank: int) -> None:
         try:
