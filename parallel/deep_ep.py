@@ -8,6 +8,8 @@ itself, so none of DeepEP's own events are asked for. DeepEP exchanges sizes its
     combine             we add up a token's rows, DeepEP adds up over ranks (BF16)
     backward            dispatch' = combine of gradients with those of the gates, combine' = dispatch along the handle
 
+With FP8 rows both dispatches carry E4M3 and FP32 scales, as a tuple; combine is BF16 in any case.
+
 Not run on a GPU so far: tests/test_deep_ep.py runs the adapter on a stand-in that moves real tensors, and binds every
 call to the signatures in DeepEP's own source (2.1.0, or the installed version).
 
@@ -25,10 +27,13 @@ from model.config import ModelConfig
 from model.protocols import Exchange
 from parallel.dispatch import Promise, RoutedDispatcher
 from parallel.expert_groups import ExpertGroups
+from parallel.rows import Fp8Rows
+
+ROW_BYTES = 16  # DeepEP moves rows of a multiple of this
 
 
-def deep_ep_dispatcher(groups: ExpertGroups | None, share: int, config: ModelConfig) -> Any:
-    """Raises ValueError if DeepEP is not installed."""
+def deep_ep_dispatcher(groups: ExpertGroups | None, share: int, config: ModelConfig, rows: Fp8Rows | None) -> Any:
+    """Raises ValueError if DeepEP is not installed. rows: how vectors travel to the experts (None: in BF16)."""
     if groups is None:
         return RoutedDispatcher(None, share)  # one rank: nothing travels
     try:
@@ -38,13 +43,30 @@ def deep_ep_dispatcher(groups: ExpertGroups | None, share: int, config: ModelCon
             "parallel.dispatch=deep_ep needs DeepEP 2.1 or later, built from source on a machine with an NVIDIA GPU "
             f"(github.com/deepseek-ai/DeepEP): {error}; or use parallel.dispatch=hierarchical"
         ) from error
-    return DeepEPDispatcher(ElasticBuffer, groups, share, config)
+    return DeepEPDispatcher(ElasticBuffer, groups, share, config, rows)
 
 
 class DeepEPDispatcher:
-    """Opens exchanges over one buffer, made at the first dispatch for as many tokens as that has."""
+    """Opens exchanges over one buffer, made at the first dispatch for as many tokens as that has.
 
-    def __init__(self, buffer_type: Any, groups: ExpertGroups, experts_per_rank: int, config: ModelConfig) -> None:
+    Raises ValueError for a hidden size that DeepEP's rows cannot have.
+    """
+
+    def __init__(
+        self,
+        buffer_type: Any,
+        groups: ExpertGroups,
+        experts_per_rank: int,
+        config: ModelConfig,
+        rows: Fp8Rows | None = None,
+    ) -> None:
+        unit = ROW_BYTES // (1 if rows else 2)
+        if config.hidden_size % unit:
+            raise ValueError(
+                f"parallel.dispatch=deep_ep needs model.hidden_size={config.hidden_size} to be a multiple of {unit}; "
+                "or use parallel.dispatch=hierarchical"
+            )
+        self.rows = rows
         self._buffer_type = buffer_type
         self.groups = groups
         self.config = config
@@ -65,11 +87,26 @@ class DeepEPDispatcher:
                 num_max_tokens_per_rank=tokens,
                 hidden=self.config.hidden_size,
                 num_topk=self.config.experts_per_token,
+                use_fp8_dispatch=self.rows is not None,
                 deterministic=True,
             )
         if tokens > self._capacity:
             raise ValueError(f"DeepEP's buffer was made for {self._capacity} tokens per rank; got {tokens}")
         return self._buffer
+
+    def pack(self, x_TD: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """As DeepEP's dispatch takes it: BF16, or E4M3 and its scales."""
+        if self.rows is None:
+            return x_TD.contiguous()
+        tiles = self.rows.quantize(x_TD)
+        return tiles.values.contiguous(), tiles.scales
+
+    def unpack(self, x_MD: Tensor | tuple[Tensor, Tensor], source_R: Tensor) -> Tensor:
+        """The rows source_R of what dispatch has returned, in BF16."""
+        if isinstance(x_MD, Tensor) or self.rows is None:
+            return x_MD[source_R]
+        values, scales = x_MD
+        return self.rows.restore(values.view(torch.uint8)[source_R], scales[source_R])
 
 
 class _NoCounts:
@@ -89,10 +126,10 @@ class _Dispatch:
     def start(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, sizes: None) -> Promise:
         """Raises ValueError for anything but BF16: that is what DeepEP's combine carries."""
         if x_TD.dtype is not torch.bfloat16:
-            raise ValueError(f"DeepEP carries bfloat16, got {x_TD.dtype}; use precision=bf16")
+            raise ValueError(f"DeepEP carries bfloat16, got {x_TD.dtype}; use precision=bf16 or fp8")
         dispatcher = self.dispatcher
         x_MD, experts_MK, gates_MK, self.handle, _ = dispatcher.buffer(len(x_TD)).dispatch(
-            x_TD.contiguous(),
+            dispatcher.pack(x_TD),
             topk_idx=experts_TK.to(torch.int64),
             topk_weights=gates_TK.float(),
             num_experts=dispatcher.experts_per_rank * dispatcher.groups.size,
@@ -106,7 +143,7 @@ class _Dispatch:
             slots = experts_MK.shape[1]
             source_R, slot_R = torch.div(order_R, slots, rounding_mode="floor"), order_R % slots
             self.received, self._rows = tuple(experts_MK.shape), (source_R, slot_R)
-            return x_MD[source_R], gates_MK[source_R, slot_R].to(gates_TK.dtype), counts
+            return dispatcher.unpack(x_MD, source_R), gates_MK[source_R, slot_R].to(gates_TK.dtype), counts
 
         return Promise(finish)
 
@@ -147,10 +184,8 @@ class _Combine:
         return Promise(lambda: pending.wait()[:1])
 
     def start_backward(self, dy_TD: Tensor) -> Promise:
-        dispatch = self.dispatch
-        rows_TD = dy_TD.flatten(0, -2).contiguous()
+        dispatch, dispatcher = self.dispatch, self.dispatch.dispatcher
+        rows = dispatcher.pack(dy_TD.flatten(0, -2))
         # Without num_experts DeepEP cannot choose a number of SMs: give it the one of the forward.
-        x_MD, *_ = dispatch.dispatcher.buffer(0).dispatch(
-            rows_TD, handle=dispatch.handle, num_sms=dispatch.handle.num_sms
-        )
-        return Promise(lambda: (x_MD[dispatch.rows[0]],))
+        dy_MD, *_ = dispatcher.buffer(0).dispatch(rows, handle=dispatch.handle, num_sms=dispatch.handle.num_sms)
+        return Promise(lambda: (dispatcher.unpack(dy_MD, dispatch.rows[0]),))

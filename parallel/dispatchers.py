@@ -26,12 +26,15 @@ class Backend:
 
 
 def _routed(groups: ExpertGroups | None, share: int, config: ModelConfig, precision: Precision) -> Dispatcher:
-    rows = None if precision.wire is None else Fp8Rows(precision.wire, precision.dtype)
-    return RoutedDispatcher(groups, share, rows)
+    return RoutedDispatcher(groups, share, _fp8_rows(precision))
 
 
 def _deep_ep(groups: ExpertGroups | None, share: int, config: ModelConfig, precision: Precision) -> Dispatcher:
-    return deep_ep_dispatcher(groups, share, config)
+    return deep_ep_dispatcher(groups, share, config, _fp8_rows(precision))
+
+
+def _fp8_rows(precision: Precision) -> Fp8Rows | None:
+    return None if precision.wire is None else Fp8Rows(precision.wire, precision.dtype)
 
 
 DISPATCHERS: Mapping[str, Backend] = MappingProxyType(
@@ -51,9 +54,9 @@ def check_dispatch(name: str, layout: Layout, ranks_per_node: int, precision: st
     if name not in DISPATCHERS:
         raise ValueError(f"parallel.dispatch={name!r} is unknown; choose one of {', '.join(DISPATCHERS)}")
     backend = DISPATCHERS[name]
-    if backend.needs_cuda and (device != "cuda" or precision != "bf16"):
+    if backend.needs_cuda and (device != "cuda" or precision not in ("bf16", "fp8")):
         raise ValueError(
-            f"parallel.dispatch={name} needs an NVIDIA GPU and precision=bf16, not {device} and {precision}; "
+            f"parallel.dispatch={name} needs an NVIDIA GPU and precision=bf16 or fp8, not {device} and {precision}; "
             f"use parallel.dispatch=all_to_all or hierarchical"
         )
     if not backend.uses_nodes or layout.ep == 1:

@@ -141,7 +141,7 @@ class Tokens:
             return Columns(tuple(c[0] for c in columns), tuple(c[1] for c in columns)).starts[-1]
 
         hidden, gates = (self.hidden, self.dtype), (self.experts, self.gates)
-        there = [(self.hidden, torch.uint8), (-(-self.hidden // TILE), torch.float32)] if self.fp8 else [hidden]
+        there = [(self.hidden, torch.uint8), (-(-self.hidden // TILE), torch.uint8)] if self.fp8 else [hidden]
         forward = row(*there, gates, (self.experts, torch.int32)) + row(hidden)
         return forward + row(*there) + row(hidden, gates)
 

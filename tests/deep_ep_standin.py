@@ -53,19 +53,27 @@ class ElasticBuffer:
         if given.num_bytes is None and not (given.num_max_tokens_per_rank and given.hidden):
             raise AssertionError("give num_bytes, or the MoE settings")
         self.group, self.capacity, self.hidden = given.group, given.num_max_tokens_per_rank, given.hidden
+        self.fp8 = given.use_fp8_dispatch
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         given = bind("dispatch", *args, **kwargs)
-        x, handle = given.x, given.handle
-        if x.dtype is not torch.bfloat16 or x.shape[1] != self.hidden or len(x) > self.capacity:
-            raise AssertionError(f"{x.dtype} {tuple(x.shape)}")
+        handle = given.handle
+        x, scales = given.x if isinstance(given.x, tuple) else (given.x, None)
+        if x.dtype is not (torch.float8_e4m3fn if self.fp8 else torch.bfloat16) or not x.is_contiguous():
+            raise AssertionError(f"{x.dtype} {x.stride()}")
+        if x.shape[1] != self.hidden or len(x) > self.capacity or self.hidden * x.itemsize % 16:
+            raise AssertionError(tuple(x.shape))
+        if (scales is None) == self.fp8 or (scales is not None and (len(scales) != len(x) or scales.itemsize != 4)):
+            raise AssertionError("FP8 comes with scales of four bytes, a row for each token")
         if handle is None:
             if given.topk_idx.dtype is not torch.int64 or given.topk_weights.dtype is not torch.float32:
                 raise AssertionError("topk_idx is int64, topk_weights float32")
             handle = self._layout(given.topk_idx, given.num_experts)
         elif given.topk_idx is not None or given.do_cpu_sync or not given.num_sms:
             raise AssertionError("with a handle: no topk_idx, no CPU sync, and a number of SMs")
-        rows = _gather(x, self.group)[handle._origin]
+        rows = _gather(x.view(torch.uint8), self.group)[handle._origin].view(x.dtype)
+        if scales is not None:
+            rows = rows, _gather(scales, self.group)[handle._origin]
         weights = None if given.topk_weights is None else _gather(given.topk_weights, self.group)[handle._origin]
         return rows, handle._local_idx, weights, handle, _Event()
 

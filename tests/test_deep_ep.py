@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.config import ModelConfig
+from model.fp8.reference import ReferenceBackend
 from parallel.deep_ep import DeepEPDispatcher, deep_ep_dispatcher
 from parallel.dispatch import RoutedDispatcher
 from parallel.expert_groups import create_expert_groups
+from parallel.rows import Fp8Rows
 from tests.deep_ep_standin import TABLE, ElasticBuffer, Handle, bind
 from tests.signatures import read_package, signature
 from tests.spawn import run_ranks
 from tests.test_dispatch import round_trip
 
-CONFIG = ModelConfig(hidden_size=16, num_experts=8, experts_per_token=3)
+CONFIG = ModelConfig(hidden_size=272, num_experts=8, experts_per_token=3)
 
 
-def check(rank: int, world: int) -> bool:
+def check(rank: int, world: int, fp8: bool) -> bool:
     groups = create_expert_groups([list(range(world))], timedelta(seconds=60))
     assert groups is not None
     share = CONFIG.num_experts // world
@@ -29,8 +33,9 @@ def check(rank: int, world: int) -> bool:
     scores = torch.rand(6, CONFIG.num_experts, generator=generator)
     experts_TK = scores.argsort(1)[:, : CONFIG.experts_per_token]
     gates = torch.rand(experts_TK.shape, generator=generator)
-    ours = DeepEPDispatcher(ElasticBuffer, groups, share, CONFIG)
-    plain = RoutedDispatcher(groups, share)
+    rows = Fp8Rows(ReferenceBackend(), torch.bfloat16) if fp8 else None
+    ours = DeepEPDispatcher(ElasticBuffer, groups, share, CONFIG, rows)
+    plain = RoutedDispatcher(groups, share, rows)
     for _ in range(2):  # the buffer is made once
         found, wanted = (round_trip(d, experts_TK, x, gates, rank * share) for d in (ours, plain))
         for a, b in zip(found, wanted, strict=True):
@@ -38,24 +43,43 @@ def check(rank: int, world: int) -> bool:
             assert torch.allclose(a.float(), b.float(), rtol=3e-2, atol=3e-2)
     with pytest.raises(ValueError, match="6 tokens per rank; got 7"):
         ours.buffer(7)
-    with pytest.raises(ValueError, match="precision=bf16"):
+    with pytest.raises(ValueError, match="precision=bf16 or fp8"):
         round_trip(ours, experts_TK, x.float(), gates, rank * share)
+    for found, wanted in zip(*(travelled(d, experts_TK, x, gates) for d in (ours, plain)), strict=True):
+        assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
     return True
 
 
-def test_the_adapter_gives_what_all_to_all_gives() -> None:
-    assert all(run_ranks(2, check))
+def travelled(dispatcher: Any, experts_TK: Tensor, x: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """What arrives of x at the experts, forward and as a gradient."""
+    exchange = dispatcher.open()
+    (table,) = exchange.counts.start(experts_TK).wait()
+    rows, *_ = exchange.dispatch.start(x, gates, experts_TK, table).wait()
+    return rows, exchange.combine.start_backward(x).wait()[0]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_adapter_gives_what_all_to_all_gives(fp8: bool) -> None:
+    assert all(run_ranks(2, check, fp8))
+
+
+@pytest.mark.parametrize(("fp8", "unit"), [(False, 8), (True, 16)])
+def test_a_row_must_suit_the_library(fp8: bool, unit: int) -> None:
+    rows = Fp8Rows(ReferenceBackend(), torch.bfloat16) if fp8 else None
+    config = ModelConfig(hidden_size=unit + unit // 2)
+    with pytest.raises(ValueError, match=f"hidden_size={config.hidden_size} to be a multiple of {unit}"):
+        DeepEPDispatcher(ElasticBuffer, None, 4, config, rows)  # type: ignore[arg-type]
 
 
 def check_missing(rank: int, world: int) -> bool:
     groups = create_expert_groups([list(range(world))], timedelta(seconds=60))
     with pytest.raises(ValueError, match=r"needs DeepEP 2\.1 or later"):
-        deep_ep_dispatcher(groups, 4, CONFIG)
+        deep_ep_dispatcher(groups, 4, CONFIG, None)
     return True
 
 
 def test_without_the_library_the_message_says_what_to_do() -> None:
-    assert isinstance(deep_ep_dispatcher(None, 8, CONFIG), RoutedDispatcher)
+    assert isinstance(deep_ep_dispatcher(None, 8, CONFIG, None), RoutedDispatcher)
     try:
         import deep_ep  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:

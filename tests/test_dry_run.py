@@ -94,7 +94,7 @@ def test_what_is_wrong(deepseek: Plan) -> None:
         (f"{DEEPSEEK} schedule.micro_batches=30", 2048, "at least 32; got 30"),
         (f"{DEEPSEEK} data.micro_batch_size=100", 2048, "more than any device takes"),
         ("parallel.dispatch=hierarchical parallel.ep=6 model.num_experts=12", 24, "parallel.ranks_per_node=8 do not"),
-        ("parallel.dispatch=deep_ep", 2, "needs an NVIDIA GPU and precision=bf16"),
+        ("parallel.dispatch=deep_ep", 2, "needs an NVIDIA GPU and precision=bf16 or fp8"),
     ],
 )
 def test_a_configuration_that_cannot_work(overrides: str, world: int, message: str) -> None:

@@ -284,6 +284,21 @@ def send(rank: int, world: int, per_node: int | None) -> dict[str, int]:
     return sent
 
 
+def test_every_scale_travels_as_one_byte_without_loss() -> None:
+    """From 2⁻¹²⁶ to 2¹²⁰ (3.4e38 / 448, rounded up); and NaN, for a group with an infinity."""
+    rows = Fp8Rows(ReferenceBackend(), torch.float32)
+    powers = torch.arange(-126, 121, dtype=torch.float64).exp2()
+    x = torch.cat([(448 * powers).clamp(max=torch.finfo(torch.float32).max), torch.tensor([math.inf, 0.0, 1e-40])])
+    x_ND = x.float().unsqueeze(1).repeat(1, 129)
+    wanted = rows.quantize(x_ND)
+    values, scales = rows.pack(x_ND)
+    assert (values.shape[1], scales.shape[1], scales.dtype) == (129, 2, torch.uint8)
+    assert len(wanted.scales[:-3, 0].unique()) == 247
+    arrived = rows.unpack((values, scales))
+    assert torch.equal(arrived.nan_to_num(7.0), wanted.dequantize().nan_to_num(7.0))
+    assert arrived[247].isnan().all() and (arrived[248] == 0).all()
+
+
 @pytest.mark.parametrize(("world", "per_node"), [(2, None), (4, 2)])
 def test_tokens_and_gradients_travel_in_half_of_the_bytes(world: int, per_node: int | None) -> None:
     for sent in run_ranks(world, send, per_node):
