@@ -29,13 +29,17 @@ def load_served(
 
     Raises ValueError or CheckpointError, saying what is wrong.
     """
-    if max_length < 0:
-        raise ValueError(f"max_length={max_length} must be 0 (as trained) or more")
+    check_max_length(max_length)
     where = resolve_device(device)
     path = Path(checkpoint)
     model = load_whole_model(path, precision, where, averaged)
     tokenizer = load_tokenizer(model.folder, model.stage.config)
     return ServedModel(path.resolve().name, model.stage, tokenizer, max_length or model.max_length)
+
+
+def check_max_length(max_length: int) -> None:
+    if max_length < 0:
+        raise ValueError(f"max_length={max_length} must be 0 (as trained) or more")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ import queue
 import secrets
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -57,8 +58,9 @@ class Channel:
         threading.Thread(target=self._receive, name="channel", daemon=True).start()
 
     def send(self, message: Message) -> None:
+        """What is sent to a front that is gone is lost; the inbox will say that it is."""
         data = _line(message)
-        with self._lock:
+        with self._lock, suppress(ConnectionError):
             self._socket.sendall(data)
 
     def _read(self) -> Message | None:
