@@ -21,11 +21,11 @@ _SUMS = {
 
 def cluster_metrics(router: Router) -> Iterator[Metric]:
     o = router.options
-    processes = GaugeMetricFamily("serving_processes", "Engine processes that are there", labels=("side",))
+    processes = GaugeMetricFamily("serving_processes", "Engine processes that can compute", labels=("side",))
     losses = CounterMetricFamily("serving_process_losses", "Engine processes that were lost", labels=("side",))
     for side, wanted in ((PREFILL, o.prefill), (DECODE, o.decode), (WHOLE, o.together)):
         if wanted:
-            processes.add_metric((side,), sum(m.side == side for m in router.members))
+            processes.add_metric((side,), sum(m.side == side and m.ready for m in router.members))
             losses.add_metric((side,), router.counts[f"{side} losses"])
     yield processes
     yield losses

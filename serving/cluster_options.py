@@ -22,12 +22,19 @@ class ClusterOptions(ServerOptions):
     prefill: int = 1  # processes that read prompts
     decode: int = 1  # processes that make the other tokens
     together: int = 0  # or: processes that do both; with prefill=0 decode=0
+    prefill_ep: int = 1  # so many prefill processes share the experts of one model; 1 = each has all of them
+    decode_ep: int = 1  # the same of decode processes
+    together_ep: int = 1
     prefill_sequences: int = 4  # prompts at once in a prefill process, read or waiting to leave; more wait at the front
     prefill_batch_tokens: int = 512  # per step
     prefill_cache_tokens: int = 16384
     prefill_page_size: int = 16
-    backend: str = "gloo"  # gloo | nccl, for the caches that travel
+    backend: str = "gloo"  # gloo | nccl, for caches and tokens that travel
     timeout: float = 60.0  # seconds: for a block of a cache to travel, and for processes to find each other
+
+    def ep(self, side: str) -> int:
+        """How many processes of a side share the experts of one model."""
+        return {PREFILL: self.prefill_ep, DECODE: self.decode_ep, WHOLE: self.together_ep}[side]
 
 
 @dataclass
@@ -53,6 +60,10 @@ def check_cluster(options: ClusterOptions, world: int) -> None:
         given = f"together={o.together}" if o.together else f"prefill={o.prefill} decode={o.decode}"
         raise ValueError(f"{given} makes {total} processes, but torchrun started {world}: "
                          f"use torchrun --nproc-per-node {total}, or other numbers")  # fmt: skip
+    for side, count in ((PREFILL, o.prefill), (DECODE, o.decode), ("together", o.together)):
+        ep = getattr(o, f"{side}_ep")
+        if ep < 1 or count % ep:
+            raise ValueError(f"{side}_ep={ep} must be at least 1 and divide {side}={count}")
     if o.backend not in BACKENDS:
         raise ValueError(f"backend={o.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if o.timeout <= 0:

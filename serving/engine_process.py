@@ -7,75 +7,117 @@ standard input does, so it never outlives its supervisor. Exit codes: 2 for what
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from parallel.saved import CheckpointError
+from parallel.whole import find_model
 from serving.backend import EngineState
 from serving.cluster_options import DECODE, PREFILL, EngineOptions
-from serving.engine import CacheSize, Engine
+from serving.engine import CacheSize, Engine, Event
+from serving.expert_parallel import load_experts
+from serving.expert_plan import ExpertSettings
 from serving.handover import Pair
-from serving.load import load_served
+from serving.load import load_served, resolve_device
 from serving.meeting import FRONT, meeting_store
 from serving.options import parse_options
 from serving.roles import Decode, Links, Prefill, Role, Whole
 from serving.scheduler import Limits
+from serving.sharing import SharedExperts
 from serving.sides import DecodeEngine, PrefillEngine
 from serving.wire import GONE, Channel, Message
 
 STATE_SECONDS = 1.0  # how often the front hears how things are
+SHARED_PAUSE = 0.005  # seconds between two looks for work in a group that shares experts and has none
 
 
-def run(role: Role, channel: Channel) -> None:
+def run(role: Role, channel: Channel, shared: SharedExperts | None) -> None:
     """Obey and compute, until the front is gone."""
-    state, said, room, idle = EngineState(), 0.0, None, False
-    while obey(role, channel, wait=idle):
-        engine = role.engine
-        steps = engine.counters.steps
-        events = engine.step()
-        idle = engine.counters.steps == steps
+    reporter, idle = Reporter(channel), False
+    while obey(role, channel, shared, (None if shared is None or not shared.there else SHARED_PAUSE) if idle else 0):
+        if shared is not None and shared.wanted:
+            channel.send({"kind": "ready"} if shared.join() else {"kind": "apart", "group": shared.name})
+        if shared is not None and not shared.there:
+            idle = True
+            continue
+        before = steps_of(role.engine)
+        events = role.engine.step() if shared is None else shared.step(role.engine)
+        if shared is not None and not shared.there:
+            channel.send({"kind": "apart", "group": shared.name})
+        idle = steps_of(role.engine) == before
+        reporter.tell(role, events, idle)
+
+
+def steps_of(engine: Engine) -> int:
+    """Steps, those in which only others of a group had work among them."""
+    return engine.counters.steps if engine.experts is None else engine.experts.steps
+
+
+class Reporter:
+    """Tells the front what came of each step, and now and then how things are."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._state, self._said = channel, EngineState(), 0.0
+        self._room: Message | None = None
+        self._idle = False
+
+    def tell(self, role: Role, events: list[Event], idle: bool) -> None:
         news: Message = {"kind": "step", "events": [[e.id, list(e.tokens), e.finish] for e in events]}
-        if role.room != room:
-            room = news["room"] = role.room
+        if role.room != self._room:
+            self._room = news["room"] = role.room
         now = time.monotonic()
-        if now - said > STATE_SECONDS or idle:
-            said, newest = now, EngineState.of(engine)
-            if newest != state:
-                state, news["state"] = newest, asdict(newest)
+        if now - self._said > STATE_SECONDS or (idle and not self._idle):
+            self._said, newest = now, EngineState.of(role.engine)
+            if newest != self._state:
+                self._state, news["state"] = newest, asdict(newest)
+        self._idle = idle
         if len(news) > 2 or events:
-            channel.send(news)
+            self._channel.send(news)
 
 
-def obey(role: Role, channel: Channel, wait: bool) -> bool:
-    """Everything that is in the inbox, or the next thing that comes. False when the front is gone."""
-    inbox = channel.inbox
-    while wait or not inbox.empty():
-        message = inbox.get()
-        if message is GONE:
-            return False
-        role.obey(message)
-        wait = False
-    return True
+def obey(role: Role, channel: Channel, shared: SharedExperts | None, wait: float | None) -> bool:
+    """Everything that is in the inbox; wait so many seconds for something to come. False when the front is gone."""
+    try:
+        message = channel.inbox.get(timeout=wait) if wait != 0 else channel.inbox.get_nowait()
+        while message is not GONE:
+            if message["kind"] == "regroup" and shared is not None:
+                shared.wanted = message
+            else:
+                role.obey(message)
+            message = channel.inbox.get_nowait()
+    except queue.Empty:
+        return True
+    return False
 
 
 def make_engine(options: EngineOptions) -> Engine:
     """Raises ValueError or CheckpointError for what cannot be served."""
     o = options
-    model = load_served(o.checkpoint, o.precision, o.device, o.ema, o.max_length)
+    experts = None
+    if o.ep(o.side) == 1:
+        model = load_served(o.checkpoint, o.precision, o.device, o.ema, o.max_length)
+        stage, max_length = model.stage, model.max_length
+    else:
+        found = find_model(Path(o.checkpoint), o.ema)
+        settings = ExpertSettings()
+        experts = load_experts(found, o.precision, resolve_device(o.device), None, settings, o.ema)
+        stage, max_length = experts.stage, o.max_length or found.max_length
     if o.side == PREFILL:
         cache = CacheSize(o.prefill_cache_tokens // o.prefill_page_size, o.prefill_page_size)
         limits = Limits(o.prefill_sequences, o.prefill_batch_tokens)
-        return PrefillEngine(model.stage, model.max_length, cache, limits, o.drafts)
+        return PrefillEngine(stage, max_length, cache, limits, o.drafts, experts)
     cache, limits = CacheSize(o.cache_tokens // o.page_size, o.page_size), Limits(o.max_sequences, o.batch_tokens)
     kind = DecodeEngine if o.side == DECODE else Engine
-    return kind(model.stage, model.max_length, cache, limits, o.drafts)
+    return kind(stage, max_length, cache, limits, o.drafts, experts)
 
 
 def make_role(engine: Engine, options: EngineOptions, store: dist.Store, channel: Channel) -> Role:
@@ -101,8 +143,13 @@ def serve(options: EngineOptions) -> None:
     host, port, key = store.get(FRONT).decode().split()
     hello: dict[str, Any] = {"side": options.side, "index": options.index, "pid": os.getpid()}
     channel = Channel(host, int(port), key, hello)
+    shared = None
+    if engine.experts is not None:
+        shared = SharedExperts(engine.experts, store, options.backend, options.timeout)
+    else:
+        channel.send({"kind": "ready"})
     with torch.inference_mode():
-        run(make_role(engine, options, store, channel), channel)
+        run(make_role(engine, options, store, channel), channel, shared)
 
 
 def end_with_supervisor() -> None:

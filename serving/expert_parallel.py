@@ -82,14 +82,18 @@ class ExpertState:
 
 
 def load_experts(
-    found: FoundModel, precision: str, device: str | torch.device, groups: ServingGroups, settings: ExpertSettings,
+    found: FoundModel,
+    precision: str,
+    device: str | torch.device,
+    groups: ServingGroups | None,
+    settings: ExpertSettings,
     averaged: bool = False,
-) -> ExpertParallel:  # fmt: skip
-    """A model of which this rank reads its own experts only. Collective.
+) -> ExpertParallel:
+    """A model of which this rank reads its own experts only. Collective, unless it has no groups yet.
 
     Raises ValueError for settings that cannot be, FormatError or CheckpointError for what cannot be read.
     """
-    settings.check(found.config.num_experts, groups.size)
+    settings.check(found.config.num_experts, 1 if groups is None else groups.size)
     stage = empty_model(found.config, precision, device, with_experts=False)
     load_into(found, stage, averaged)
     return ExpertParallel(stage, checkpoint_source(found, averaged), groups, settings)
@@ -100,13 +104,16 @@ class ExpertParallel:
 
     stage    the whole model but for its routed experts (`empty_model(…, with_experts=False)`)
     source   where experts are read
+    groups   None: not known yet; then there are no experts before `rebuild`
     ended    whether somebody has called `leave`
     """
 
-    def __init__(self, stage: ModelStage, source: Source, groups: ServingGroups, settings: ExpertSettings) -> None:
+    def __init__(
+        self, stage: ModelStage, source: Source, groups: ServingGroups | None, settings: ExpertSettings
+    ) -> None:
         config = stage.config
-        settings.check(config.num_experts, groups.size)
-        self.stage, self.source, self.settings, self.groups = stage, source, settings, groups
+        self.stage, self.source, self.settings, self.groups = stage, source, settings, groups or ServingGroups()
+        settings.check(config.num_experts, self.groups.size)
         found = [(name, m) for name, m in stage.named_modules() if isinstance(m, Layer) and m.is_moe]
         self.loads = Loads(len(found), config.num_experts, settings.memory)
         self.steps = self.swapped = self.rebuilt = 0
@@ -120,7 +127,11 @@ class ExpertParallel:
         self._seen_LE = torch.zeros(len(found), config.num_experts, dtype=torch.int64)
         self._rows_seen: list[int] = [0] * len(found)
         self._measured: dict[str, float] = {}
+        self._rank_before: int | None = None
         self._install(found)
+        if groups is not None:
+            self._place([() for _ in found])
+            self._choose_heights()
 
     # -- for the engine ------------------------------------------------------------------------------------------
 
@@ -194,16 +205,18 @@ class ExpertParallel:
     # -- after a loss --------------------------------------------------------------------------------------------
 
     def rebuild(self, groups: ServingGroups) -> None:
-        """Go on with other ranks: those that are left, in their new groups. Collective over these.
+        """Go on with other ranks: those that are left or new, in their new groups. Collective over these.
 
         Experts that nobody holds any more, and those that the new plan wants elsewhere, are read from the source.
         """
         self.settings.check(self.stage.config.num_experts, groups.size)
         self.groups = groups
-        self.steps, self.loads.average = self.groups.gather((self.steps, self.loads.average))[0]
+        self.steps, self.loads.average = max(self.groups.gather((self.steps, self.loads.average)), key=lambda s: s[0])
         self._mover = self._moving = None
         self._due.clear()
-        self._place([layer.slots[self._rank_before] for layer in self._layers])
+        before = self._rank_before
+        self._place([() if before is None else layer.slots[before] for layer in self._layers])
+        self._choose_heights()
         self.rebuilt += 1
 
     # -- how it is done ------------------------------------------------------------------------------------------
@@ -219,8 +232,6 @@ class ExpertParallel:
             module.tools = replace(tools, dispatcher=dispatcher)
             module.experts = hosted  # type: ignore[assignment]
             self._layers.append(_MoELayer(module.label, f"{name}.experts", module, hosted, dispatcher))
-        self._place([() for _ in found])
-        self._choose_heights()
 
     def _place(self, held: Sequence[Sequence[int]]) -> None:
         """Placements for ranks that hold these experts, by layer; reads what this rank lacks."""

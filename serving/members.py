@@ -56,12 +56,13 @@ class Room:
 
 @dataclass(eq=False)
 class Member:
-    """An engine process that is there now, and the requests that it holds."""
+    """An engine process that is there now, and the requests that it holds. ready: it can compute."""
 
     side: str
     index: int
     pid: int
     peer: Peer
+    ready: bool = False
     state: EngineState = field(default_factory=EngineState)
     jobs: dict[str, Job] = field(default_factory=dict)
     room: Room = field(default_factory=Room)

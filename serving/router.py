@@ -25,10 +25,11 @@ from serving.cluster_metrics import cluster_metrics
 from serving.cluster_options import DECODE, PREFILL, WHOLE, ClusterOptions
 from serving.members import Job, Member, Wiring, least_loaded
 from serving.sequence import Request
+from serving.sharing import Sharing
 from serving.tokenizers import Tokenizer
 from serving.wire import Message, Peer
 
-RECONNECT_SECONDS = 1.0  # after a link broke between two who live
+AGAIN_SECONDS = 1.0  # until a link, or a group, that broke among processes who all live is made again
 
 
 class Router:
@@ -49,7 +50,7 @@ class Router:
         self._complete: Callable[[], None] | None = complete
         self._calls = Calls(tokenizer)
         self._jobs: dict[str, Job] = {}
-        self._wiring = Wiring()
+        self._wiring, self._sharing = Wiring(), Sharing(options)
         self._ending = False
         self._numbers = 0
         self._server: asyncio.Server | None = None
@@ -68,7 +69,7 @@ class Router:
     def failed(self) -> str | None:
         o = self.options
         for side, wanted in ((PREFILL, o.prefill), (DECODE, o.decode), (WHOLE, o.together)):
-            if wanted and not any(m.side == side for m in self.members):
+            if wanted and not self._side(side):
                 return f"no {side} process is there; it is being started"
         return None
 
@@ -123,11 +124,8 @@ class Router:
         member = Member(hello["side"], hello["index"], hello["pid"], peer)
         for old in [m for m in self.members if (m.side, m.index) == (member.side, member.index)]:
             self.left(old.peer)
-        others = self._side(DECODE if member.side == PREFILL else PREFILL)
         self.members.append(member)
-        for other in others if member.side != WHOLE else ():
-            self._wiring.connect(*((member, other) if member.side == PREFILL else (other, member)))
-        self._pump()
+        self._sharing.changed(self.members, member)
 
     def received(self, peer: Peer, message: Message) -> None:
         member = self._of(peer)
@@ -136,6 +134,10 @@ class Router:
         kind = message["kind"]
         if kind == "step":
             self._step(member, message)
+        elif kind == "ready":
+            self._ready(member)
+        elif kind == "apart":
+            self._apart(member, message["group"])
         elif kind == "arrived":
             self._arrived(message["id"])
         elif kind == "refused":
@@ -156,6 +158,8 @@ class Router:
         self.members.remove(member)
         self._wiring.leave(member)
         if not self._ending:
+            self._sharing.changed(self.members, member)
+        if not self._ending:
             self.counts[f"{member.side} losses"] += 1
             self.counts["lost requests"] += len(member.jobs)
         for id in list(member.jobs):
@@ -168,12 +172,13 @@ class Router:
         return next((m for m in self.members if m.peer is peer), None)
 
     def _side(self, side: str) -> list[Member]:
-        return [m for m in self.members if m.side == side]
+        """Those of a side that can compute."""
+        return [m for m in self.members if m.side == side and m.ready]
 
     def _is_complete(self) -> bool:
         o = self.options
         linked = (self._wiring.between(r, w) for r in self._side(PREFILL) for w in self._side(DECODE))
-        return len(self.members) == o.prefill + o.decode + o.together and all(linked)
+        return sum(m.ready for m in self.members) == o.prefill + o.decode + o.together and all(linked)
 
     def _check(self, request: Request) -> None:
         o = self.options
@@ -190,7 +195,7 @@ class Router:
         while self.waiting:
             o = self.options
             places = o.max_sequences if o.together else o.prefill_sequences
-            reader = least_loaded(m for m in self.members if m.reads and len(m.jobs) < places)
+            reader = least_loaded(m for m in self.members if m.ready and m.reads and len(m.jobs) < places)
             if reader is None:
                 return
             job = self.waiting.popleft()
@@ -217,6 +222,22 @@ class Router:
         job.reader.peer.send({"kind": "send", "id": job.request.id, **common})
         return True
 
+    def _ready(self, member: Member) -> None:
+        """It can compute, and from now on be linked; said again after every change of its group."""
+        if not member.ready and member.side != WHOLE:
+            for other in self._side(DECODE if member.side == PREFILL else PREFILL):
+                self._wiring.connect(*((member, other) if member.side == PREFILL else (other, member)))
+        member.ready = True
+
+    def _apart(self, member: Member, group: str) -> None:
+        """Its group failed. Mostly somebody was lost, and the next one is being made already; if not, make it."""
+
+        def again() -> None:
+            if member in self.members and self._sharing.name(member) == group:
+                self._sharing.changed(self.members, member)
+
+        asyncio.get_running_loop().call_later(AGAIN_SECONDS, again)
+
     def _step(self, member: Member, message: Message) -> None:
         """New tokens, and how things are there."""
         if message.get("room"):
@@ -233,7 +254,7 @@ class Router:
             elif finish is not None:
                 self._forget(job)
             elif member.side == PREFILL:
-                job.made = tokens
+                job.made += tokens
                 self.held.append(job)
 
     def _arrived(self, id: str) -> None:
@@ -259,7 +280,7 @@ class Router:
             if link.reader in self.members and link.writer in self.members:
                 self._wiring.connect(link.reader, link.writer)
 
-        asyncio.get_running_loop().call_later(RECONNECT_SECONDS, again)
+        asyncio.get_running_loop().call_later(AGAIN_SECONDS, again)
 
     def _fail(self, id: str, reason: str) -> None:
         self._calls.fail(id, reason)

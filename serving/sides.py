@@ -36,14 +36,17 @@ class PrefillEngine(Engine):
 
     def step(self) -> list[Event]:
         """As `Engine.step`. A sequence that does not end with its first token is parked."""
-        events = super().step()
-        for event in events:
+        events: dict[str, Event] = {}
+        for event in super().step():  # two of one request if the step before has failed after its first token
+            before = events[event.id].tokens if event.id in events else ()
+            events[event.id] = Event(event.id, (*before, *event.tokens), event.finish)
+        for event in events.values():
             if event.finish is None:
                 sequence = self._sequences[event.id]
                 self.scheduler.running.remove(sequence)
                 sequence.draft = None
                 self.parked[event.id] = sequence
-        return events
+        return list(events.values())
 
     def cancel(self, id: str) -> None:
         self.parked.pop(id, None)

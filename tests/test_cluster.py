@@ -133,7 +133,7 @@ def test_a_killed_process_fails_only_what_it_held(separated: Cluster, side: str)
     """kill -9 under load: what it held fails with an error to the client, the rest goes on, and it comes back."""
     lost = separated.metric("serving_lost_requests_total")
     losses = separated.metric("serving_process_losses_total", f'side="{side}"')
-    streams, threads = start(separated, 12, 400)
+    streams, threads = start(separated, 12, 300)
     separated.wait_until(lambda: all(s.events > 3 for s in streams))
     late, late_threads = start(separated, 6, 20) if side == "prefill" else ([], [])
     separated.engine(side, 0).kill()
@@ -160,7 +160,7 @@ def test_a_full_decode_side_holds_the_prompts_back(checkpoint: Path) -> None:
     keys = "prefill=2 decode=1 max_sequences=2 cache_tokens=512 prefill_sequences=2 prefill_cache_tokens=400 waiting=4"
     with Cluster(checkpoint, 3, keys) as cluster:
         cluster.ask("a", 3)
-        streams, threads = start(cluster, 10, 250)  # 2 are decoded, 4 are with the prefill processes, 4 wait
+        streams, threads = start(cluster, 10, 120)  # 2 are decoded, 4 are with the prefill processes, 4 wait
         cluster.wait_until(lambda: cluster.metric("serving_front_held") == 4)
         cluster.wait_until(lambda: cluster.metric("serving_front_waiting") == 4)
         refused = cluster.ask("import ", 5)
@@ -182,6 +182,27 @@ def test_processes_that_do_both(checkpoint: Path) -> None:
         assert len(made) == 2
 
 
+def test_experts_that_decode_processes_share(checkpoint: Path) -> None:
+    """EP 1 in prefill, EP 2 in decode. When one dies the other reads the lost experts and goes on; then it is back."""
+    with Cluster(checkpoint, 3, "prefill=1 decode=2 decode_ep=2 page_size=8") as cluster:
+        for round_ in range(2):
+            streams, threads = start(cluster, 12, 30)
+            assert check_fates(streams, threads, "") == (0, 12)
+            assert cluster.metric("serving_read_tokens_total", 'side="decode"') == 0
+            if round_:
+                break
+            streams, threads = start(cluster, 12, 300)
+            cluster.wait_until(lambda streams=streams: all(s.events > 3 for s in streams))
+            cluster.engine("decode", 1).kill()
+            failed, succeeded = check_fates(streams, threads, "decode process 1 that held this request has died")
+            assert failed > 0
+            assert succeeded > 0
+            print(f"one of two that share experts killed: {failed} of 12 requests failed")
+            assert cluster.metric("serving_lost_requests_total") == failed
+            cluster.wait_until(lambda: cluster.metric("serving_processes", 'side="decode"') == 2)
+        assert cluster.metric("serving_process_losses_total") == 1
+
+
 MISTAKES = {
     "checkpoint=… must be given": ["prefill=1"],
     "'prefil' is unknown": ["checkpoint=x", "prefil=1"],
@@ -189,6 +210,7 @@ MISTAKES = {
     "prefill=3 decode=0: there must be": ["checkpoint=x", "prefill=3", "decode=0"],
     "together=3 goes with": ["checkpoint=x", "together=3", "prefill=1"],
     "prefill=-1": ["checkpoint=x", "prefill=-1"],
+    "decode_ep=3 must be at least 1 and divide decode=2": ["checkpoint=x", "decode=2", "decode_ep=3"],
     "backend='mpi' is unknown; choose one of gloo, nccl": ["checkpoint=x", "decode=2", "backend=mpi"],
     "timeout=0.0": ["checkpoint=x", "decode=2", "timeout=0"],
     "prefill_sequences=0": ["checkpoint=x", "decode=2", "prefill_sequences=0"],
