@@ -68,18 +68,16 @@ class Reporter:
     def __init__(self, channel: Channel) -> None:
         self._channel, self._state, self._said = channel, EngineState(), 0.0
         self._room: Message | None = None
-        self._idle = False
 
     def tell(self, role: Role, events: list[Event], idle: bool) -> None:
         news: Message = {"kind": "step", "events": [[e.id, list(e.tokens), e.finish] for e in events]}
         if role.room != self._room:
             self._room = news["room"] = role.room
         now = time.monotonic()
-        if now - self._said > STATE_SECONDS or (idle and not self._idle):
+        if now - self._said > STATE_SECONDS or (idle and role.engine.experts is None):  # the next look may be far off
             self._said, newest = now, EngineState.of(role.engine)
             if newest != self._state:
                 self._state, news["state"] = newest, asdict(newest)
-        self._idle = idle
         if len(news) > 2 or events:
             self._channel.send(news)
 
