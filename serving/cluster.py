@@ -52,6 +52,8 @@ def make_front(options: ClusterOptions) -> FastAPI:
     check_max_length(o.max_length)
     path = Path(o.checkpoint)
     model = find_model(path, o.ema)
+    if max(o.prefill_ep, o.decode_ep, o.together_ep) > 1 and not model.config.num_moe_layers:
+        raise ValueError(f"{path} has no routed experts to share; leave …_ep out")
     tokenizer = load_tokenizer(model.folder, model.config)
     settings = settings_of(o, path.resolve().name)
     store = meeting_store(timedelta(seconds=o.timeout), is_front=True)

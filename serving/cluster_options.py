@@ -25,6 +25,10 @@ class ClusterOptions(ServerOptions):
     prefill_ep: int = 1  # so many prefill processes share the experts of one model; 1 = each has all of them
     decode_ep: int = 1  # the same of decode processes
     together_ep: int = 1
+    prefill_redundant: int = 0  # copies of experts beyond one each, in each group that shares them
+    decode_redundant: int = 0  # the same for processes that decode, or do both
+    placement_every: int = 0  # steps of a group from one placement by loads to the next; 0 = never
+    ranks_per_node: int = 8  # in prefill, groups of experts stay within a node
     prefill_sequences: int = 4  # prompts at once in a prefill process, read or waiting to leave; more wait at the front
     prefill_batch_tokens: int = 512  # per step
     prefill_cache_tokens: int = 16384
@@ -64,6 +68,11 @@ def check_cluster(options: ClusterOptions, world: int) -> None:
         ep = getattr(o, f"{side}_ep")
         if ep < 1 or count % ep:
             raise ValueError(f"{side}_ep={ep} must be at least 1 and divide {side}={count}")
+    for name in ("prefill_redundant", "decode_redundant", "placement_every"):
+        if getattr(o, name) < 0:
+            raise ValueError(f"{name}={getattr(o, name)} must not be negative")
+    if o.ranks_per_node < 1:
+        raise ValueError(f"ranks_per_node={o.ranks_per_node} must be at least 1")
     if o.backend not in BACKENDS:
         raise ValueError(f"backend={o.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if o.timeout <= 0:

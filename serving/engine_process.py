@@ -106,7 +106,11 @@ def make_engine(options: EngineOptions) -> Engine:
         stage, max_length = model.stage, model.max_length
     else:
         found = find_model(Path(o.checkpoint), o.ema)
-        settings = ExpertSettings()
+        reads = o.side == PREFILL
+        settings = ExpertSettings(
+            o.prefill_redundant if reads else o.decode_redundant, o.placement_every,
+            "hierarchical" if reads else "global", o.ranks_per_node,
+        )  # fmt: skip
         experts = load_experts(found, o.precision, resolve_device(o.device), None, settings, o.ema)
         stage, max_length = experts.stage, o.max_length or found.max_length
     if o.side == PREFILL:

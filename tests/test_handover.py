@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from model.sampling import Sampling
 from serving.admission import Refused
+from serving.drafts import propose
 from serving.engine import CacheSize, Engine, run_alone
 from serving.handover import HandoverError, LinkEnd, Pair, receive_cache, send_cache
 from serving.scheduler import Limits
@@ -188,6 +189,36 @@ def test_room_on_both_sides() -> None:
     with pytest.raises(Refused, match="cache for prompts"):
         e.add(Request("9", (1,) * 40, 20))
     assert read(e, Request("9", (1,) * 30, 20)).cached == 30
+
+
+def test_a_step_that_fails_after_its_tokens_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With shared experts a peer may be lost while the drafts are made: then the next step brings two tokens."""
+    request, failures = Request("a", (5, 17, 40), 20, GREEDY), []
+
+    def failing(*arguments: object) -> bool:
+        if not failures:
+            failures.append(arguments)
+            raise RuntimeError("a peer is lost")
+        return propose(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("serving.engine.propose", failing)
+    e = prefill(True)
+    e.add(request)
+    with pytest.raises(RuntimeError, match="a peer is lost"):
+        e.step()
+    events = e.step()
+    monkeypatch.undo()
+    wanted = run_alone(Engine(model_of(CONFIG, "fp32"), MAX, CacheSize(64, 4)), request)
+    assert [list(event.tokens) for event in events] == [wanted[:2]]
+    sequence = e.leave("a")
+    assert sequence is not None
+    assert sequence.cached == 4
+    d = decode(True)
+    there = d.reserve(request, events[0].tokens)
+    assert there is not None
+    d.decoder.cache.put(there.slots[:4], e.decoder.cache.take(sequence.slots[:4]))
+    d.adopt(there)
+    assert [t for _ in range(18) for event in d.step() for t in event.tokens] == wanted[2:]
 
 
 def test_nothing_but_gloo_and_nccl() -> None:
