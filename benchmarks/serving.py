@@ -4,7 +4,9 @@
 
 Both greedy, FP32, on two threads, in one process, one after the other in every round; the median of the rounds counts.
 The peer generates with its own cache (DynamicCache), and with the fastest of its ways to compute experts, tried first.
-Prefill is the time to one token each, decode that of the tokens after it. Every token of both is compared.
+Prefill is the time to one token each, decode that of the tokens after it. Every token of both is compared. Decode is
+also set beside the machine: a step reads each weight that its tokens use once, and the latents of all earlier tokens;
+their bytes over the bandwidth of reading memory, measured here too, is the least time of a step.
 """
 
 from __future__ import annotations
@@ -66,6 +68,41 @@ def seconds(work: Callable[[], Prompts]) -> tuple[float, Prompts]:
     return time.perf_counter() - started, made
 
 
+def bandwidth() -> float:
+    """Bytes per second that all threads read together from memory, the best of some tries."""
+    block = torch.ones(100_000_000)
+    block.sum()
+    tries = []
+    for _ in range(8):
+        started = time.perf_counter()
+        block.sum()
+        tries.append(time.perf_counter() - started)
+    return block.numel() * block.element_size() / min(tries)
+
+
+def bytes_per_step(model: ModelStage, prompts: Prompts, count: int) -> float:
+    """What a decode step reads at least, in the mean: weights that its tokens use, each once, and the latents."""
+    length = len(prompts[0]) + count
+    engine = Engine(model, length, CacheSize(len(prompts) * -(-length // 16), 16),
+                    Limits(len(prompts), len(prompts) * len(prompts[0])))  # fmt: skip
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(str(i), tuple(prompt), count, GREEDY))
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    dense = sum(p.numel() for p in model.parameters()) - experts - model.embedding.weight.numel()
+    loads = engine.decoder.loads
+    found: list[float] = []
+    with torch.inference_mode():
+        engine.step()
+        while not engine.idle:
+            before = {label: load.clone() for label, load in loads.items()}
+            engine.step()
+            used = sum(int((load > before[label]).sum()) for label, load in loads.items())
+            weights = (dense + experts * used / (len(loads) * model.config.num_experts)) * 4
+            latents = len(prompts) * (len(prompts[0]) + len(found)) * engine.decoder.cache.bytes_per_token
+            found.append(weights + latents)
+    return statistics.mean(found)
+
+
 def fastest_experts(peer: Any, prompts: Prompts) -> str:
     """The peer's best way to compute experts here."""
     times = {}
@@ -91,6 +128,8 @@ def measure(config: ModelConfig, model: ModelStage, peer: Any, batch: int, promp
     sides = {"ours": lambda n: ours(model, prompts, n), "theirs": lambda n: theirs(peer, prompts, n)}
     rates: dict[tuple[str, str], list[float]] = {}
     made: dict[str, Prompts] = {}
+    for run in sides.values():  # the first time, libraries lay out weights and make kernels
+        run(2)
     for _ in range(rounds):
         for side, run in sides.items():
             first, _tokens = seconds(lambda run=run: run(1))  # type: ignore[misc]
@@ -101,10 +140,12 @@ def measure(config: ModelConfig, model: ModelStage, peer: Any, batch: int, promp
     print(f"batch {batch}: {same} of {batch} sequences have the same {1 + count} tokens")
     case = f"{batch} × ({prompt} + {count}) tokens"
     medians = {key: statistics.median(values) for key, values in rates.items()}
+    least = bytes_per_step(model, prompts, 1 + count) / bandwidth()
     return [
-        Row(case, f"{what}, tokens/s", medians["ours", what], name, medians["theirs", what])
-        for what in ("prefill", "decode")
-    ]
+        *(Row(case, f"{what}, tokens/s", medians["ours", what], name, medians["theirs", what])
+          for what in ("prefill", "decode")),
+        Row(case, "decode, tokens/s", medians["ours", "decode"], "bytes read ÷ memory bandwidth", batch / least),
+    ]  # fmt: skip
 
 
 def main() -> None:

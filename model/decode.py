@@ -14,7 +14,7 @@ the earlier ones, H heads; C = key_value_rank + rope_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,12 @@ from model.config import ModelConfig
 from model.latent_cache import LatentCache
 from model.layer import Layer, add
 from model.mtp import MTPModule
+from model.protocols import Pending
 from model.rope import rotate_, rotation
 from model.stage import ModelStage
+
+Flow = Generator[None, None, Tensor]
+Start = Callable[[str, Callable[[], Pending]], Pending]
 
 ROWS = 256  # queries of the expanded form whose scores exist at once
 
@@ -108,8 +112,12 @@ class Decoder:
     loads   for each layer with experts, by label, how many tokens each expert has got so far: int64 [E]
     """
 
-    def __init__(self, stage: ModelStage, slots: int, drafts: bool = False) -> None:
-        """slots: tokens that the cache can hold. drafts: also keep what the first MTP module reads."""
+    def __init__(self, stage: ModelStage, slots: int, drafts: bool = False, start: Start | None = None) -> None:
+        """slots: tokens that the cache can hold. drafts: also keep what the first MTP module reads.
+
+        start   starts a communication on its lane (dualpipe/lanes.py); None: at once, where it is called
+        """
+        self.start: Start = start or (lambda name, begin: begin())
         self.stage, self.config = stage, stage.config
         self.dtype = stage.tools.precision.dtype
         self.device = torch.device(stage.tools.device)
@@ -138,9 +146,18 @@ class Decoder:
         hidden_TD   what the stage before gave; the first stage embeds the tokens instead
         """
         h_TD = self.stage.embedding(batch.tokens_T) if hidden_TD is None else hidden_TD
-        for layer in self.layers:
-            h_TD = self._layer(layer, h_TD, batch)
+        (h_TD,) = take_turns([self.flow(self.layers, h_TD, batch)])
         return self.stage.norm(h_TD) if self.stage.shape.is_last else h_TD
+
+    @torch.no_grad()
+    def forward_both(self, batches: Sequence[DecodeBatch | None]) -> Tensor:
+        """`forward` of micro-batches in turns: each computes while the others' tokens are on their way to experts.
+
+        Of the rows of all of them, one after the other, for a stage that is the whole model. None: no rows. A later
+        micro-batch may go on with a sequence of an earlier one: its latents are in the cache, layer by layer.
+        """
+        flows = [self.flow(self.layers, self._embed(batch), batch) for batch in batches]
+        return self.stage.norm(torch.cat(take_turns(flows)))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -155,15 +172,16 @@ class Decoder:
         """
         assert self.module is not None
         merged_TD = self.module.merge(hidden_TD, batch.tokens_T, self.stage.embedding)
-        return self.module.norm(self._layer(self.module.layer, merged_TD, batch))
+        (h_TD,) = take_turns([self.flow([self.module.layer], merged_TD, batch)])
+        return self.module.norm(h_TD)
 
     @torch.no_grad()
-    def join(self, drafts: bool = False) -> None:
-        """Take part in a step without tokens of one's own: other ranks' tokens come to the experts that are here."""
-        nothing_0D = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        for layer in self.layers:
-            if layer.is_moe:
-                self._experts(layer, nothing_0D)
+    def join(self, drafts: bool = False, parts: int = 1) -> None:
+        """Take part in a step without tokens of one's own: other ranks' tokens come to the experts that are here.
+
+        parts   the micro-batches of the step
+        """
+        take_turns([self.flow(self.layers, self._embed(None), None) for _ in range(parts)])
         if drafts:
             self.join_draft()
 
@@ -171,27 +189,43 @@ class Decoder:
     def join_draft(self) -> None:
         """The same for `draft`."""
         assert self.module is not None
-        if self.module.layer.is_moe:
-            nothing_0D = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            self._experts(self.module.layer, nothing_0D)
+        take_turns([self.flow([self.module.layer], self._embed(None), None)])
 
-    def _layer(self, layer: Layer, h_TD: Tensor, batch: DecodeBatch) -> Tensor:
-        h_TD = h_TD + self._attend(layer, layer.attention_norm(h_TD), batch)
-        x_TD = layer.mlp_norm(h_TD)
-        return add(h_TD, *(self._experts(layer, x_TD) if layer.is_moe else (layer.mlp(x_TD),)))
+    def _embed(self, batch: DecodeBatch | None) -> Tensor:
+        if batch is None:
+            return torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return self.stage.embedding(batch.tokens_T)
 
-    def _experts(self, layer: Layer, x_TD: Tensor) -> tuple[Tensor, ...]:
+    def flow(self, layers: Sequence[Layer], h_TD: Tensor, batch: DecodeBatch | None) -> Flow:
+        """A micro-batch on its way through layers; stops wherever it has started a communication."""
+        for layer in layers:
+            if batch is not None:
+                h_TD = h_TD + self._attend(layer, layer.attention_norm(h_TD), batch)
+            if layer.is_moe:
+                x_TD = layer.mlp_norm(h_TD) if batch is not None else h_TD
+                h_TD = add(h_TD, *(yield from self._experts(layer, x_TD)))
+            elif batch is not None:
+                h_TD = h_TD + layer.mlp(layer.mlp_norm(h_TD))
+        return h_TD
+
+    def _experts(self, layer: Layer, x_TD: Tensor) -> Generator[None, None, tuple[Tensor, ...]]:
         """The parts that a MoE layer adds to the residual stream. The shared expert runs under the dispatch."""
         scores_TE, experts_TK = layer.router.choose(x_TD)
         chosen = experts_TK.flatten()
         self.loads[layer.label].scatter_add_(0, chosen, torch.ones_like(chosen))
         exchange, chosen_TK = layer.tools.dispatcher.open(), layer.slot_E[experts_TK]
-        sizes = exchange.counts.start(chosen_TK)
+        sizes = self.start(f"{layer.label}.counts", lambda: exchange.counts.start(chosen_TK))
         gates_TK = layer.router.gates(scores_TE, experts_TK)
-        arriving = exchange.dispatch.start(x_TD, gates_TK, chosen_TK, *sizes.wait())
-        shared = () if layer.shared is None else (layer.shared(x_TD),)
+        table = sizes.wait()
+        arriving = self.start(
+            f"{layer.label}.dispatch", lambda: exchange.dispatch.start(x_TD, gates_TK, chosen_TK, *table)
+        )
+        yield
+        shared = () if layer.shared is None or not len(x_TD) else (layer.shared(x_TD),)
         weighted = layer.experts(*arriving.wait())
-        return (*shared, *exchange.combine.start(weighted).wait())
+        coming = self.start(f"{layer.label}.combine", lambda: exchange.combine.start(weighted))
+        yield
+        return (*shared, *coming.wait())
 
     def _attend(self, layer: Layer, x_TD: Tensor, batch: DecodeBatch) -> Tensor:
         c, attention = self.config, layer.attention
@@ -218,6 +252,24 @@ class Decoder:
         if prefers_expanded(self.config, group.hidden_BnL.shape[1]):
             return _expanded(layer.attention, q_RHQ, latents_BLC, group.hidden_BnL)
         return _absorbed(q_RHQ, latents_BLC.to(q_RHQ.dtype), group.hidden_BnL, *self.absorbed[layer.label])
+
+
+def take_turns(flows: Sequence[Flow]) -> list[Tensor]:
+    """Run flows until all have ended, each up to where it stops, in turns; what they return.
+
+    For two micro-batches a and b this is the order of the report (3.4.1): attention of a, its dispatch, attention of b
+    under it; experts of a under the dispatch of b, experts of b under the combine of a, and so on.
+    """
+    results: dict[int, Tensor] = {}
+    going = dict(enumerate(flows))
+    while going:
+        for i, flow in list(going.items()):
+            try:
+                next(flow)
+            except StopIteration as end:
+                results[i] = end.value
+                del going[i]
+    return [results[i] for i in range(len(flows))]
 
 
 def prefers_expanded(config: ModelConfig, new_tokens: int) -> bool:

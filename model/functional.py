@@ -60,6 +60,8 @@ def make_kernels(compiled: bool) -> Kernels:
 
 def rms_norm(x: Tensor, weight_D: nn.Parameter, eps: float, kernels: Kernels) -> Tensor:
     """x / rms(x) · weight over the last dimension, computed in at least FP32, returned in x's dtype."""
+    if not torch.is_grad_enabled():  # an autograd function costs more than the arithmetic of a few rows
+        return kernels.norm(x, weight_D.detach(), eps)
     return _RMSNorm.apply(x, weight_D, eps, kernels)
 
 
@@ -98,6 +100,8 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 def swiglu(gate_up: Tensor, gates_R: Tensor | None, kernels: Kernels) -> Tensor:
     """silu(gate) · up [· router gate per row]: [..., 2F] → [..., F]. Keeps only its inputs."""
+    if not torch.is_grad_enabled():
+        return kernels.swiglu(gate_up, gates_R)
     return _SwiGLU.apply(gate_up, gates_R, kernels)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from model.few_rows import few_rows_grouped_product, few_rows_product
 from model.functional import Kernels, swiglu
 from model.grads import grad_of
 from model.products import add_grouped_weight_grads, add_weight_grad, grouped_product, product
@@ -84,10 +85,15 @@ class CastPrecision:
 
     def linear(self, x_TI: Tensor, weight_OI: nn.Parameter, queue: WeightGrads) -> Tensor:
         """x_TI · weightᵀ → [T, O]; any leading dimensions."""
+        if not torch.is_grad_enabled():
+            copy_OI = self._copy(weight_OI)
+            return few_rows_product(x_TI.flatten(0, -2), copy_OI).view(*x_TI.shape[:-1], len(copy_OI))
         return _Linear.apply(x_TI, weight_OI, self._copy(weight_OI), queue)
 
     def grouped_linear(self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads) -> Tensor:
         """Rows sorted by expert, `counts[e]` of them for expert e: each block times its expert's weight → [R, O]."""
+        if not torch.is_grad_enabled():
+            return few_rows_grouped_product(x_RI, self._copy(weight_EOI), counts)
         return _GroupedLinear.apply(x_RI, weight_EOI, self._copy(weight_EOI), counts, queue)
 
     def swiglu_linear(

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dualpipe.lanes import lanes_for
 from model.decode import Decoder, Piece
 from model.sampling import choose
 from model.stage import ModelStage
 from serving.admission import Busy, Refused, check_cache, check_request
 from serving.drafts import propose, verify
+from serving.micro_batches import halves
 from serving.pages import PagePool
 from serving.scheduler import Limits, Scheduler, Work
 from serving.sequence import Request, Sequence
@@ -85,7 +87,8 @@ class Engine:
         self.max_length, self.drafts = max_length, drafts
         self.pool = PagePool(cache.pages, cache.page_size)
         self.scheduler = Scheduler(self.pool, limits)
-        self.decoder = Decoder(model, cache.tokens, drafts)
+        lanes = None if experts is None else lanes_for(torch.device(model.tools.device), overlap=True)
+        self.decoder = Decoder(model, cache.tokens, drafts, None if lanes is None else lanes.start)
         self.experts = experts
         if experts is not None:
             experts.watch(self.decoder.loads)
@@ -125,18 +128,28 @@ class Engine:
         Raises RuntimeError if the experts are shared, and a rank is gone; a later step computes the same again.
         """
         work = self.scheduler.plan()
-        if self.experts is None or self.experts.begin(sum(w.count for w in work)):
-            self._compute(work)
+        most = 0 if self.experts is None else self.experts.begin(sum(w.count for w in work))
+        if most or self.experts is None:
+            self._compute(work, 2 if self._pays_in_two(most) else 1)
         events, self._events = self._events, []
         return events
 
-    def _compute(self, work: list[Work]) -> None:
+    def _pays_in_two(self, rows: int) -> bool:
+        """Whether a step in which the fullest rank has so many rows is two micro-batches."""
+        least = 0 if self.experts is None else self.experts.settings.overlap_rows
+        return 0 < least <= rows
+
+    def _compute(self, work: list[Work], parts: int) -> None:
+        """parts: micro-batches, the same number on all ranks that share experts."""
         if not work:
             if self.experts is not None:
-                self.decoder.join(self.drafts)
+                self.decoder.join(self.drafts, parts)
             return
-        batch = self.decoder.batch([Piece(w.read, w.sequence.slots[: w.sequence.cached + w.count]) for w in work])
-        hidden_TD = self.decoder.forward(batch)
+        pieces = [Piece(w.read, w.sequence.slots[: w.sequence.cached + w.count]) for w in work]
+        if parts == 1:
+            hidden_TD = self.decoder.forward(self.decoder.batch(pieces))
+        else:
+            hidden_TD = self.decoder.forward_both([self.decoder.batch(h) if h else None for h in halves(pieces)])
         starts = [0, *accumulate(w.count for w in work)]
         before = [w.sequence.cached for w in work]
         events = self._make_tokens(work, hidden_TD, starts)

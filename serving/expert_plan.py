@@ -31,6 +31,8 @@ class ExpertSettings:
     memory   of the moving average of loads: what is left of it at the next measurement
     slack   how much heavier than planned the heaviest rank may be, if that saves moves
     active   dynamic redundancy: most experts of a rank that are used for a layer of a step; 0 = all copies
+    overlap_rows   steps in which some rank has at least so many rows are two micro-batches (micro_batches.py);
+                   0 = none. Products of other heights round otherwise, so which steps these are shows in last digits
     """
 
     redundant: int = 0
@@ -40,10 +42,11 @@ class ExpertSettings:
     memory: float = 0.5
     slack: float = 0.02
     active: int = 0
+    overlap_rows: int = 0
 
     def check(self, experts: int, ranks: int) -> None:
         """Raise ValueError for settings that cannot be, saying which."""
-        for name in ("redundant", "placement_every", "active"):
+        for name in ("redundant", "placement_every", "active", "overlap_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.policy not in POLICIES:

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.peer import our_model
 from model.batch import MicroBatch
 from model.config import ModelConfig
-from model.decode import Decoder, Piece, prefers_expanded
+from model.decode import Decoder, Piece, prefers_expanded, take_turns
 from model.describe import cache_bytes
 from model.names import named_routers
 from model.stage import ModelStage
@@ -127,8 +127,7 @@ def test_stages_hand_hidden_states_on() -> None:
         batch = first.batch([Piece(tokens[i : i + 1], slots[: i + 1])])
         h = whole.embedding(batch.tokens_T)
         for decoder in (first, last):
-            for layer in decoder.layers:
-                h = decoder._layer(layer, h, batch)
+            (h,) = take_turns([decoder.flow(decoder.layers, h, batch)])
         parts.append(whole.head(whole.norm(h)))
     assert torch.allclose(torch.cat(parts), training_logits(whole, [tokens])[0], rtol=1e-11, atol=1e-11)
 

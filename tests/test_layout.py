@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "model": frozenset(),
     "parallel": frozenset({"dualpipe", "model"}),
     "training": frozenset({"dualpipe", "model", "parallel"}),
-    "serving": frozenset({"model", "parallel"}),
+    "serving": frozenset({"dualpipe", "model", "parallel"}),
     "train.py": frozenset({"training"}),
 }
 ENGINE_MAY_IMPORT = sys.stdlib_module_names | {"torch"}
