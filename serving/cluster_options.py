@@ -29,6 +29,8 @@ class ClusterOptions(ServerOptions):
     decode_redundant: int = 0  # the same for processes that decode, or do both
     placement_every: int = 0  # steps of a group from one placement by loads to the next; 0 = never
     ranks_per_node: int = 8  # in prefill, groups of experts stay within a node
+    overlap: bool = False  # processes that share experts compute large steps as two micro-batches in turns
+    overlap_rows: int = 64  # a step is large when one process of the group has at least so many tokens in it
     prefill_sequences: int = 4  # prompts at once in a prefill process, read or waiting to leave; more wait at the front
     prefill_batch_tokens: int = 512  # per step
     prefill_cache_tokens: int = 16384
@@ -73,6 +75,12 @@ def check_cluster(options: ClusterOptions, world: int) -> None:
             raise ValueError(f"{name}={getattr(o, name)} must not be negative")
     if o.ranks_per_node < 1:
         raise ValueError(f"ranks_per_node={o.ranks_per_node} must be at least 1")
+    if o.overlap and max(o.prefill_ep, o.decode_ep, o.together_ep) == 1:
+        raise ValueError(
+            "overlap=true needs processes that share experts: prefill_ep, decode_ep or together_ep above 1"
+        )
+    if o.overlap_rows < 1:
+        raise ValueError(f"overlap_rows={o.overlap_rows} must be at least 1")
     if o.backend not in BACKENDS:
         raise ValueError(f"backend={o.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if o.timeout <= 0:

@@ -110,6 +110,7 @@ def make_engine(options: EngineOptions) -> Engine:
         settings = ExpertSettings(
             o.prefill_redundant if reads else o.decode_redundant, o.placement_every,
             "hierarchical" if reads else "global", o.ranks_per_node,
+            overlap_rows=o.overlap_rows if o.overlap else 0,
         )  # fmt: skip
         experts = load_experts(found, o.precision, resolve_device(o.device), None, settings, o.ema)
         stage, max_length = experts.stage, o.max_length or found.max_length

@@ -185,7 +185,9 @@ def test_processes_that_do_both(checkpoint: Path) -> None:
 def test_experts_that_decode_processes_share(checkpoint: Path) -> None:
     """EP 1 in prefill, EP 2 in decode. When one dies the other reads the lost experts and goes on; then it is back."""
     with Cluster(
-        checkpoint, 3, "prefill=1 decode=2 decode_ep=2 page_size=8 decode_redundant=2 placement_every=16"
+        checkpoint,
+        3,
+        "prefill=1 decode=2 decode_ep=2 page_size=8 decode_redundant=2 placement_every=16 overlap=true overlap_rows=2",
     ) as cluster:
         for round_ in range(2):
             streams, threads = start(cluster, 12, 30)
@@ -215,6 +217,8 @@ MISTAKES = {
     "decode_ep=3 must be at least 1 and divide decode=2": ["checkpoint=x", "decode=2", "decode_ep=3"],
     "decode_redundant=-1": ["checkpoint=x", "decode=2", "decode_redundant=-1"],
     "backend='mpi' is unknown; choose one of gloo, nccl": ["checkpoint=x", "decode=2", "backend=mpi"],
+    "overlap=true needs processes that share experts": ["checkpoint=x", "decode=2", "overlap=true"],
+    "overlap_rows=0": ["checkpoint=x", "decode=2", "decode_ep=2", "overlap=true", "overlap_rows=0"],
     "timeout=0.0": ["checkpoint=x", "decode=2", "timeout=0"],
     "prefill_sequences=0": ["checkpoint=x", "decode=2", "prefill_sequences=0"],
     "prefill_cache_tokens=3 does not hold": ["checkpoint=x", "decode=2", "prefill_cache_tokens=3"],
