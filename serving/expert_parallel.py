@@ -106,6 +106,7 @@ class ExpertParallel:
     source   where experts are read
     groups   None: not known yet; then there are no experts before `rebuild`
     ended    whether somebody has called `leave`
+    quiet    whether nobody had work in the latest step
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class ExpertParallel:
         found = [(name, m) for name, m in stage.named_modules() if isinstance(m, Layer) and m.is_moe]
         self.loads = Loads(len(found), config.num_experts, settings.memory)
         self.steps = self.swapped = self.rebuilt = 0
-        self.ended = False
+        self.ended, self.quiet = False, True
         self._leaving = False
         self._layers: list[_MoELayer] = []
         self._mover: Mover | None = None
@@ -148,6 +149,7 @@ class ExpertParallel:
         pending = 0 if self._mover is None or self._mover.poll() else 1
         told = self.groups.tell([tokens, pending, self._leaving])
         most, anyone_pending, leaving = told.max(0).values.tolist()
+        self.quiet = not most
         self.ended = self.ended or bool(leaving)
         if self._mover is not None and not anyone_pending:
             self._exchange()
@@ -156,7 +158,7 @@ class ExpertParallel:
             every = self.settings.placement_every
             if every and self.steps % every == 0:
                 self.measure()
-                self._due = deque(range(len(self._layers)))
+                self.replan()
         if self._mover is None:
             self._go_on()
         return int(most)
@@ -180,8 +182,11 @@ class ExpertParallel:
         self._measured = {layer.label: imbalance(computed_PL[:, i]) for i, layer in enumerate(self._layers)}
         self._seen_LE, self._rows_seen = now_LE, rows
 
-    def plan(self, layer: int) -> None:
-        """Plan the placement of a layer from its loads, and set out for it. On all ranks, between two steps."""
+    def replan(self) -> None:
+        """Let every layer have a new placement, one after the other in the coming steps. On all ranks alike."""
+        self._due = deque(range(len(self._layers)))
+
+    def _plan(self, layer: int) -> None:
         loads = self.loads.average[layer]
         if loads.any():
             at = self._layers[layer]
@@ -273,7 +278,7 @@ class ExpertParallel:
         layer = next((layer for layer in self._layers if layer.way), None)
         if layer is None and self._due:
             at = self._due.popleft()
-            self.plan(at)
+            self._plan(at)
             layer = self._layers[at] if self._layers[at].way else None
         if layer is None:
             return

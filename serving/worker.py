@@ -76,10 +76,14 @@ class Worker:
 
     # -- in the thread -------------------------------------------------------------------------------------------
 
+    @property
+    def _ended(self) -> bool:
+        return self._ending
+
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                while not self._ending:
+                while not self._ended:
                     self._obey()
                     for event in self.engine.step():
                         if self._calls.deliver(event.id, event.tokens, event.finish):

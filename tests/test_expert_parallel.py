@@ -80,10 +80,9 @@ def serve(engine: Engine, wanted: list[Request]) -> dict[str, list[int]]:
         engine.add(r)
     assert engine.experts is not None
     while True:
-        steps = engine.experts.steps
         for event in engine.step():
             made[event.id] += event.tokens
-        if engine.experts.steps == steps:
+        if engine.experts.quiet:
             return made
 
 
