@@ -1,6 +1,6 @@
 """Redundant experts under a skewed load: how even the ranks are, and what that is worth.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.serving_experts [--ranks 2 4] [--redundant 0 4 8] [--zipf 1.2]
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.serving_experts [--case 4 1.2]... [--redundant 0 4 8]
 
 Ranks serve one model of 32 experts together (serving/expert_parallel.py). Its texts have topics: by construction the
 tokens of a topic resemble each other, so they choose alike among the experts, and the model continues a text within
@@ -49,8 +49,9 @@ CONFIG = ModelConfig(
     num_heads=4, query_rank=128, key_value_rank=64, head_dim=32, rope_dim=16, value_dim=32, num_experts=32,
     experts_per_token=2, num_shared_experts=1, expert_ffn_size=512, num_groups=8, groups_per_token=1,
 )  # fmt: skip
-REQUESTS = 64  # in all; half of a rank's run at once
-PHASES = {"prefill": (96, 1), "decode": (4, 32)}  # tokens of the prompt, and new ones
+CASES = ((2, 1.2), (4, 1.2), (4, 2.5))  # ranks, and the exponent of Zipf's law
+REQUESTS = 48  # in all; half of a rank's run at once
+PHASES = {"prefill": (96, 1), "decode": (4, 24)}  # tokens of the prompt, and new ones
 ROUNDS = 3
 
 
@@ -151,16 +152,15 @@ def measure(rank: int, world: int, redundant: int, exponent: float, biases: dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--case", type=float, nargs=2, action="append", metavar=("RANKS", "ZIPF"))
     parser.add_argument("--redundant", type=int, nargs="+", default=[0, 4, 8])
-    parser.add_argument("--zipf", type=float, default=1.2, help="the exponent")
     options = parser.parse_args()
     biases = fitted_biases(topic_model())
     rows = []
-    for ranks in options.ranks:
+    for ranks, exponent in options.case or CASES:
         for redundant in options.redundant:
-            found = run_ranks(ranks, measure, redundant, options.zipf, biases)[0]
-            case = f"{ranks} ranks, {redundant} redundant, {found['swaps'][0]} copies moved"
+            found = run_ranks(int(ranks), measure, redundant, exponent, biases)[0]
+            case = f"{ranks:g} ranks, Zipf {exponent:g}, {redundant} redundant, {found['swaps'][0]} moved"
             for phase in PHASES:
                 (uneven, slow), (even, fast) = found[phase]
                 rows.append(Row(f"{case}: {phase}", "maximum over mean load", even, "before", uneven))

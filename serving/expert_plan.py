@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from parallel.copies import Slots
@@ -89,15 +88,41 @@ class Loads:
 
 
 def first_slots(loads: np.ndarray, held: Sequence[Sequence[int]], groups: int, settings: ExpertSettings) -> Slots:
-    """A placement for ranks that hold some experts (or none) already: which set of a plan goes to whom is chosen so
-    that few are missing."""
-    ranks = len(held)
-    plan = _place(loads, groups, ranks, settings)
-    there = np.array([[len(set(have) & set(wanted)) for wanted in plan.ranks] for have in held])
-    _, chosen = linear_sum_assignment(there, maximize=True)
-    per_rank = len(plan.ranks[0])
-    padded = tuple(tuple((*have, *[-1] * per_rank)[:per_rank]) for have in held)
-    return arrange(padded, [plan.ranks[i] for i in chosen])
+    """A placement for ranks that hold some experts already, or none; few are missing in it.
+
+    With nothing held, experts go to the ranks in order, as in training, until loads are known.
+    """
+    nodes, per_rank = settings.nodes(len(held)), settings.slots(len(loads), len(held))
+    if nodes > 1 and any(held):  # groups must stay whole within nodes
+        padded = tuple(tuple((*have, *[-1] * per_rank)[:per_rank]) for have in held)
+        return arrange(padded, _place(loads, groups, len(held), settings).ranks)
+    filled = _filled(loads, [list(dict.fromkeys(have))[:per_rank] for have in held], per_rank, nodes)
+    return next_slots(loads, filled, groups, settings) if loads.any() else filled
+
+
+def _filled(loads: np.ndarray, held: list[list[int]], per_rank: int, nodes: int) -> Slots:
+    """Slots with what is there, then the missing experts, then copies of the busiest that are within the node."""
+    ranks, experts, nothing = len(held), len(loads), not any(held)
+    copies = np.bincount([e for rank in held for e in rank], minlength=experts)
+    missing = np.flatnonzero(copies == 0).tolist()
+    while sum(map(len, held)) + len(missing) > ranks * per_rank:
+        rank = max((rank for rank in held if any(copies[e] > 1 for e in rank)), key=len)
+        rank.remove(gone := min((e for e in rank if copies[e] > 1), key=lambda e: loads[e]))
+        copies[gone] -= 1
+    for expert in missing:
+        at = expert * ranks // experts if nothing else min(range(ranks), key=lambda r: len(held[r]))
+        held[at].append(expert)
+        copies[expert] += 1
+    local = ranks // nodes
+    for _ in range(per_rank):
+        for number, rank in enumerate(held):
+            if len(rank) < per_rank:
+                first = number // local * local
+                near = sorted({e for other in held[first : first + local] for e in other})
+                new = [e for e in near if e not in rank] or near
+                rank.append(max(new, key=lambda e: ((loads[e] or 1.0) / copies[e], -e)))
+                copies[rank[-1]] += 1
+    return tuple(tuple(rank) for rank in held)
 
 
 def next_slots(loads: np.ndarray, current: Slots, groups: int, settings: ExpertSettings) -> Slots:
