@@ -141,7 +141,7 @@ def measure(rank: int, world: int, redundant: int, exponent: float, biases: dict
                     rates.append(rate)
                     assert texts.setdefault(phase, made) == made, "a placement changed what was generated"
                 experts.measure()
-                even = statistics.mean(experts.state().imbalance.values())
+                even = statistics.mean(experts.imbalance.values())
                 found[phase].append((even, statistics.median(rates)))
             if moment == "before":
                 experts.replan()

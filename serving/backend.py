@@ -21,7 +21,8 @@ class EngineFailed(RuntimeError):
 class EngineState:
     """What there is to say of an engine now, and what it did since it was made (engine.Counters), as plain numbers.
 
-    cache_tokens, cache_used: that fit, and of the pages in use. loads: tokens by layer and expert.
+    cache_tokens, cache_used: that fit, and of the pages in use. loads: tokens by layer and expert. Of shared experts:
+    swaps, copies exchanged; rank_imbalance by layer, maximum over mean of what ranks computed, when last measured.
     """
 
     waiting: int = 0
@@ -35,16 +36,19 @@ class EngineState:
     drafted: int = 0
     accepted: int = 0
     preemptions: int = 0
+    swaps: int = 0
     loads: dict[str, list[int]] = field(default_factory=dict)
+    rank_imbalance: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(engine: Engine) -> EngineState:
-        counters, scheduler, pool = engine.counters, engine.scheduler, engine.pool
+        counters, scheduler, pool, experts = engine.counters, engine.scheduler, engine.pool, engine.experts
         return EngineState(
             waiting=len(scheduler.waiting), running=len(scheduler.running), cache_tokens=pool.total * pool.size,
             cache_used=pool.used * pool.size, acceptance=counters.acceptance, steps=counters.steps, read=counters.read,
             made=counters.made, drafted=counters.drafted, accepted=counters.accepted,
-            preemptions=scheduler.preemptions,
+            preemptions=scheduler.preemptions, swaps=0 if experts is None else experts.swapped,
+            rank_imbalance={} if experts is None else experts.imbalance,
             loads={layer: load_E.tolist() for layer, load_E in engine.decoder.loads.items()},
         )  # fmt: skip
 

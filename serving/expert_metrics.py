@@ -1,55 +1,28 @@
-"""What Prometheus sees of shared experts: how even the ranks are, and what was done about it."""
+"""What Prometheus sees of experts that ranks share, beside what metrics.py has: where they are, and what is known."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from serving.expert_parallel import ExpertState
 
-Labels = Mapping[str, str]
 
-_SUMS = {
-    "serving_expert_swaps": ("Copies of experts that were exchanged, on all ranks", "swaps"),
-    "serving_expert_steps": ("Steps of all ranks together", "steps"),
-    "serving_expert_rebuilds": ("Times that other ranks went on after a loss", "rebuilt"),
-}
-_BY_LAYER = {
-    "serving_expert_rank_imbalance": ("Maximum over mean of the rows that ranks computed, when last measured",
-                                      "imbalance"),
-    "serving_expert_rank_imbalance_planned": ("The same as the placement should have it by the average loads",
-                                              "planned"),
-}  # fmt: skip
-
-
-def expert_metrics(states: Sequence[tuple[Labels, ExpertState]]) -> Iterator[Metric]:
-    """States with the labels that tell them from each other; all have the same names of labels."""
-    names = list(states[0][0]) if states else []
-    ranks = GaugeMetricFamily("serving_expert_ranks", "Ranks that share the experts", labels=names)
-    for labels, state in states:
-        ranks.add_metric(list(labels.values()), state.ranks)
-    yield ranks
-    for name, (text, attribute) in _SUMS.items():
-        total = CounterMetricFamily(name, text, labels=names)
-        for labels, state in states:
-            total.add_metric(list(labels.values()), getattr(state, attribute))
-        yield total
-    for name, (text, attribute) in _BY_LAYER.items():
-        even = GaugeMetricFamily(name, text, labels=[*names, "layer"])
-        for labels, state in states:
-            for layer, value in getattr(state, attribute).items():
-                even.add_metric([*labels.values(), layer], value)
-        yield even
+def expert_metrics(state: ExpertState) -> Iterator[Metric]:
+    yield GaugeMetricFamily("serving_expert_ranks", "Ranks that share the experts", state.ranks)
+    yield CounterMetricFamily("serving_expert_steps", "Steps of all ranks together", state.steps)
+    planned = GaugeMetricFamily("serving_expert_rank_imbalance_planned", "Maximum over mean load of the ranks, as the "
+                                "placement should have it by the average loads", labels=["layer"])  # fmt: skip
     average = GaugeMetricFamily("serving_expert_load", "Moving average of the tokens of all ranks between two plans",
-                                labels=[*names, "layer", "expert"])  # fmt: skip
-    copies = GaugeMetricFamily("serving_expert_copies", "Copies by layer and expert",
-                               labels=[*names, "layer", "expert"])  # fmt: skip
-    for labels, state in states:
-        for layer, loads in state.average.items():
-            held = [expert for rank in state.slots[layer] for expert in rank]
-            for expert, load in enumerate(loads):
-                average.add_metric([*labels.values(), layer, str(expert)], load)
-                copies.add_metric([*labels.values(), layer, str(expert)], held.count(expert))
+                                labels=["layer", "expert"])  # fmt: skip
+    copies = GaugeMetricFamily("serving_expert_copies", "Copies by layer and expert", labels=["layer", "expert"])
+    for layer, loads in state.average.items():
+        planned.add_metric([layer], state.planned[layer])
+        held = [expert for rank in state.slots[layer] for expert in rank]
+        for expert, load in enumerate(loads):
+            average.add_metric([layer, str(expert)], load)
+            copies.add_metric([layer, str(expert)], held.count(expert))
+    yield planned
     yield average
     yield copies

@@ -62,23 +62,18 @@ class _MoELayer:
 
 @dataclass(frozen=True)
 class ExpertState:
-    """What there is to say of a rank's experts, as plain numbers, by layer.
+    """Where experts are, as plain numbers, by layer.
 
-    imbalance   maximum over mean of the rows that ranks computed, in the latest measurement
-    planned     the same as the present placement should have it, by the moving average of loads
-    slots       experts by rank
-    average     the moving average of each expert's tokens between two measurements
-    swaps       expert copies that were exchanged since the start, in all ranks
+    planned   maximum over mean load of ranks as the present placement should have it, by the moving average of loads
+    slots     experts by rank
+    average   the moving average of each expert's tokens between two measurements
     """
 
-    ranks: int = 1
-    steps: int = 0
-    swaps: int = 0
-    rebuilt: int = 0
-    imbalance: dict[str, float] = field(default_factory=dict)
-    planned: dict[str, float] = field(default_factory=dict)
-    slots: dict[str, Slots] = field(default_factory=dict)
-    average: dict[str, list[float]] = field(default_factory=dict)
+    ranks: int
+    steps: int
+    planned: dict[str, float]
+    slots: dict[str, Slots]
+    average: dict[str, list[float]]
 
 
 def load_experts(
@@ -107,6 +102,8 @@ class ExpertParallel:
     groups   None: not known yet; then there are no experts before `rebuild`
     ended    whether somebody has called `leave`
     quiet    whether nobody had work in the latest step
+    imbalance   by layer: maximum over mean of the rows that ranks computed, in the latest measurement
+    swapped     copies of experts that were exchanged so far, in all ranks
     """
 
     def __init__(
@@ -127,7 +124,7 @@ class ExpertParallel:
         self._watched: Mapping[str, Tensor] = {}
         self._seen_LE = torch.zeros(len(found), config.num_experts, dtype=torch.int64)
         self._rows_seen: list[int] = [0] * len(found)
-        self._measured: dict[str, float] = {}
+        self.imbalance: dict[str, float] = {}
         self._rank_before: int | None = None
         self._install(found)
         if groups is not None:
@@ -179,7 +176,7 @@ class ExpertParallel:
         new_rows = [now - before for now, before in zip(rows, self._rows_seen, strict=True)]
         self.loads.add(self.groups.add_up(now_LE - self._seen_LE))
         computed_PL = self.groups.tell(new_rows)
-        self._measured = {layer.label: imbalance(computed_PL[:, i]) for i, layer in enumerate(self._layers)}
+        self.imbalance = {layer.label: imbalance(computed_PL[:, i]) for i, layer in enumerate(self._layers)}
         self._seen_LE, self._rows_seen = now_LE, rows
 
     def replan(self) -> None:
@@ -201,11 +198,9 @@ class ExpertParallel:
         labels = [layer.label for layer in self._layers]
         planned = {label: imbalance(_rank_loads(layer.dispatcher.table, self.loads.average[i]))
                    for i, (label, layer) in enumerate(zip(labels, self._layers, strict=True))}  # fmt: skip
-        return ExpertState(
-            self.groups.size, self.steps, self.swapped, self.rebuilt, dict(self._measured), planned,
-            {layer.label: layer.slots for layer in self._layers},
-            {label: self.loads.average[i].tolist() for i, label in enumerate(labels)},
-        )  # fmt: skip
+        slots = {layer.label: layer.slots for layer in self._layers}
+        average = {label: self.loads.average[i].tolist() for i, label in enumerate(labels)}
+        return ExpertState(self.groups.size, self.steps, planned, slots, average)
 
     # -- after a loss --------------------------------------------------------------------------------------------
 
@@ -214,7 +209,6 @@ class ExpertParallel:
 
         Experts that nobody holds any more, and those that the new plan wants elsewhere, are read from the source.
         """
-        self.settings.check(self.stage.config.num_experts, groups.size)
         self.groups = groups
         self.steps, self.loads.average = max(self.groups.gather((self.steps, self.loads.average)), key=lambda s: s[0])
         self._mover = self._moving = None
@@ -233,7 +227,7 @@ class ExpertParallel:
         for name, module in found:
             hosted = HostedExperts([], tools, HEIGHTS[:1])
             everything = CopyTable.of((tuple(range(config.num_experts)),), config.num_experts, tools.device)
-            dispatcher = ReplicatedDispatcher(self.groups.tokens, everything, rows, self.settings.active)
+            dispatcher = ReplicatedDispatcher(None, everything, rows)
             module.tools = replace(tools, dispatcher=dispatcher)
             module.experts = hosted  # type: ignore[assignment]
             self._layers.append(_MoELayer(module.label, f"{name}.experts", module, hosted, dispatcher))
@@ -253,6 +247,7 @@ class ExpertParallel:
             layer.way.clear()
             layer.hosted.put([there[expert] for expert in slots[rank]])
             layer.dispatcher.groups, layer.dispatcher.position = self.groups.tokens, rank
+            layer.dispatcher.active = self.settings.active_on(config.num_experts, self.groups.size)
             layer.dispatcher.table = CopyTable.of(slots, config.num_experts, tools.device)
         self._rank_before = rank
         if wanted:

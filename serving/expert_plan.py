@@ -65,6 +65,10 @@ class ExpertSettings:
         """On each rank."""
         return -(-(experts + self.redundant) // ranks)
 
+    def active_on(self, experts: int, ranks: int) -> int:
+        """`active`, or what it takes when ranks have been lost."""
+        return max(self.active, -(-experts // ranks)) if self.active else 0
+
     def nodes(self, ranks: int) -> int:
         """Into how many nodes the plan divides the ranks."""
         if self.policy == "global" or ranks % self.ranks_per_node:

@@ -33,7 +33,7 @@ class SharedWorker(Worker):
         await asyncio.to_thread(self._thread.join)
 
     def more_metrics(self) -> Iterator[Any]:
-        yield from expert_metrics([({}, self._experts.state())])
+        yield from expert_metrics(self._experts.state())
 
     @property
     def _ended(self) -> bool:

@@ -49,6 +49,7 @@ _SUMS = {
     "serving_drafted_tokens": ("Drafts checked", "drafted"),
     "serving_accepted_tokens": ("Drafts that were right", "accepted"),
     "serving_preemptions": ("Requests that gave up their pages", "preemptions"),
+    "serving_expert_swaps": ("Copies of shared experts that were exchanged, on all ranks", "swaps"),
 }
 
 
@@ -76,10 +77,15 @@ def _experts(states: list[tuple[dict[str, str], EngineState]], names: list[str])
                                 labels=[*names, "layer", "expert"])  # fmt: skip
     imbalance = GaugeMetricFamily("serving_expert_imbalance", "Maximum over mean load of the experts of a layer",
                                   labels=[*names, "layer"])  # fmt: skip
+    ranks = GaugeMetricFamily("serving_expert_rank_imbalance", "Maximum over mean of what ranks that share experts "
+                              "computed, as last measured", labels=[*names, "layer"])  # fmt: skip
     for labels, state in states:
         for layer, counts in state.loads.items():
             for expert, count in enumerate(counts):
                 loads.add_metric([*labels.values(), layer, str(expert)], count)
             imbalance.add_metric([*labels.values(), layer], max(counts) * len(counts) / max(1, sum(counts)))
+        for layer, value in state.rank_imbalance.items():
+            ranks.add_metric([*labels.values(), layer], value)
     yield loads
     yield imbalance
+    yield ranks
