@@ -118,7 +118,8 @@ def _all_cases(rank: int, world: int) -> dict[str, tuple[int, list[int], int]]:
             assert made == wanted, name
             assert len(rows) == len(wanted_rows)
             assert all(torch.equal(a, b) for a, b in zip(rows, wanted_rows, strict=True)), name
-        found[name] = (experts.swapped, [len(layer.hosted.slots) for layer in experts._layers], engine.counters.made)
+        held = [len(slots[rank]) for slots in experts.state().slots.values()]
+        found[name] = (experts.swapped, held, engine.counters.made)
     return found
 
 
@@ -156,7 +157,7 @@ def _lose_a_rank(rank: int, world: int, precision: str) -> tuple[int, dict[str, 
         for event in events:
             made[event.id] += event.tokens
     serve(engine, [])  # the others may not be ready
-    held = sum(len(layer.hosted.slots) for layer in experts._layers)
+    held = sum(len(slots[experts.groups.rank]) for slots in experts.state().slots.values())
     return held, made, alone(precision, rank, 4, True, GREEDY)[0]
 
 
