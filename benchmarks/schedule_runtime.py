@@ -7,8 +7,10 @@ takes F + B), so ranks do not compete for the processor, while autograd, message
 runtime's own work are real. Both runtimes run the same autograd function, in the same processes, in turns. PyTorch's
 stages get W through its own `dw_builder`, so it too pays no second walk of the graph.
 
-A sleep lasts longer than asked for. How much is measured first, with all ranks sleeping at once and nothing else, and
-the theoretical makespan is that of a sleep as it is. PyTorch's makespan is held against its own order of actions.
+A sleep lasts longer than asked for. How much is measured between the steps, with all ranks sleeping at once and nothing
+else, and the theoretical makespan is that of the median sleep. `no pipeline` is one process's F, B and W of as many
+micro-batches under plain autograd, all processes at once: what the emulated stage itself costs beyond its sleeps.
+PyTorch's makespan is held against its own order of actions.
 Ours sends a gradient as soon as I is over and may so be faster than the published makespan; the second ratio is to a
 simulation that does the same (`early`). Only the seconds compare the two runtimes.
 
@@ -146,15 +148,9 @@ Timed = tuple[float, float]
 
 
 def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
-    """One rank of all runs. Returns the length of a sleep, per run the (start, end) of each step, PyTorch's orders."""
+    """One rank of all runs. Returns how long sleeps last, per run the (start, end) of each step, PyTorch's orders."""
     links = Links.create([range(world)], TIMEOUT)
-    dist.barrier()
-    sleeps = []
-    for _ in range(60):
-        start = time.perf_counter()
-        time.sleep(plan.unit)
-        sleeps.append(time.perf_counter() - start)
-    result: dict[str, Any] = {"sleep": statistics.fmean(sleeps), "times": {}, "orders": {}}
+    result: dict[str, Any] = {"sleeps": [], "times": {}, "orders": {}}
     for name in plan.schedules:
         schedule = make_schedule(name, world, plan.micro_batches)
         runs = {("ours", name): our_step(schedule, rank, links, plan, 0.0)}
@@ -162,13 +158,37 @@ def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
             runs["pytorch", name], result["orders"][name] = pytorch_step(name, rank, world, plan)
         if plan.delay:
             runs["delayed", name] = our_step(schedule, rank, links, plan, plan.delay)
+        if name == plan.schedules[0]:
+            runs["alone", name] = partial(no_pipeline, plan)
         for key, step in runs.items():
             step()
             result["times"][key] = []
         for _ in range(plan.steps):
             for key, step in runs.items():
                 result["times"][key].append(timed(step))
+            result["sleeps"] += sleeps(plan.unit)
     return result
+
+
+def sleeps(unit: float, count: int = 10) -> list[float]:
+    """How long `count` sleeps last that begin together on all ranks."""
+    dist.barrier()
+    found = []
+    for _ in range(count):
+        start = time.perf_counter()
+        time.sleep(unit)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def no_pipeline(plan: Plan) -> None:
+    """F, B and W of every micro-batch, one after the other, in this process."""
+    weight = torch.ones(1, requires_grad=True)
+    waiting: list[Callable[[], None]] = []
+    for _ in range(plan.micro_batches):
+        x = torch.zeros(SHAPE, requires_grad=True)
+        Sleep.apply(x, weight, plan.unit, waiting.append).mean().backward()
+        waiting.pop()()
 
 
 def timed(step: Callable[[], object]) -> Timed:
@@ -209,12 +229,17 @@ def pytorch_step(name: str, rank: int, world: int, plan: Plan) -> tuple[Callable
 def evaluate(world: int, plan: Plan) -> list[Row]:
     """Run all of it on `world` ranks, print what was measured, return the rows to publish."""
     results = run_ranks(world, measure, plan, timeout=900)
-    sleep = statistics.fmean(r["sleep"] for r in results)
+    sleep = statistics.median(s for r in results for s in r["sleeps"])
     print(f"{world} ranks: a sleep of {1e3 * plan.unit:g} ms lasts {1e3 * sleep:.3f} ms")
     rows = []
     for (who, name), times in results[0]["times"].items():
         columns = [r["times"][who, name] for r in results]
         spans = [max(c[i][1] for c in columns) - min(c[i][0] for c in columns) for i in range(len(times))]
+        if who == "alone":
+            case = f"no pipeline, {world} processes"
+            rows.append(Row(case, "s/step", statistics.median(spans), "sleeps", 3 * plan.micro_batches * sleep))
+            print(f"  {case:44} {' '.join(f'{s / rows[-1].theirs:.3f}' for s in sorted(spans))}")
+            continue
         schedule = make_schedule(name, world, plan.micro_batches)
         if who == "pytorch" and results[0]["orders"][name]:
             schedule = read_csv(results[0]["orders"][name])

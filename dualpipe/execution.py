@@ -166,16 +166,19 @@ class Pass:
     # -- one action, or a pair ---------------------------------------------------------------------------------
 
     def _forward(self, part: Part) -> None:
-        chunk = self._open(part)
-        for piece in self._tools.order(forward_order, chunk.segments):
+        segments = self._segments(part)
+        order = self._tools.order(forward_order, segments)  # before its message is waited for
+        chunk = self._open(part, segments)
+        for piece in order:
             run_piece(chunk, piece, lambda: self._send_outputs(part, chunk))
         if not self._training:
             self._drop(part)
 
     def _backward(self, part: Part) -> None:
-        chunk = self._turn(part)
         whole = part.action.kind is Kind.B
-        for piece in self._tools.order(backward_order if whole else inputs_order, chunk.segments):
+        order = self._tools.order(backward_order if whole else inputs_order, self._chunks[part.key].segments)
+        chunk = self._turn(part)
+        for piece in order:
             run_piece(chunk, piece, lambda: self._send_gradients(part, chunk))
         if whole:
             self._drop(part)
@@ -191,25 +194,24 @@ class Pass:
             self._forward(forward)
             self._backward(backward)
             return
-        order = self._tools.order(pair_order, self._segments(forward), self._chunks[backward.key].segments)
-        open_, turn = partial(self._open, forward), partial(self._turn, backward)
-        chunks: dict[Side, Chunk] = {}
-        for side, piece in order:
-            chunk = chunks.get(side)
-            if chunk is None:  # only now are its messages waited for
-                chunk = chunks[side] = turn() if side is Side.BACKWARD else open_()
+        segments = self._segments(forward)
+        opened: Chunk | None = None
+        turned: Chunk | None = None
+        for side, piece in self._tools.order(pair_order, segments, self._chunks[backward.key].segments):
             if side is Side.BACKWARD:
-                run_piece(chunk, piece, partial(self._send_gradients, backward, chunk))
+                turned = turned or self._turn(backward)  # only now are its messages waited for
+                run_piece(turned, piece, partial(self._send_gradients, backward, turned))
             else:
-                run_piece(chunk, piece, partial(self._send_outputs, forward, chunk))
+                opened = opened or self._open(forward, segments)
+                run_piece(opened, piece, partial(self._send_outputs, forward, opened))
         self._drop(backward)
 
     # -- where chunks begin and end ----------------------------------------------------------------------------
 
-    def _open(self, part: Part) -> Chunk:
+    def _open(self, part: Part, segments: Sequence[Segment]) -> Chunk:
         """Make the chunk of a forward, with its inputs."""
         inputs = self._take(part) if part.action.stage > 0 else ()
-        chunk = Chunk(part.key, self._segments(part), inputs, self._tools.queue, self._training, self._tools.lanes)
+        chunk = Chunk(part.key, segments, inputs, self._tools.queue, self._training, self._tools.lanes)
         self._chunks[part.key] = chunk
         self.peak_activations = max(self.peak_activations, len(self._chunks))
         return chunk
