@@ -126,7 +126,7 @@ examples: python -m dualpipe simulate --schedule dualpipe --ranks 8 --micro-batc
           python -m dualpipe simulate --schedule zbv --ranks 4 --forward 1 --backward 2.3 --weights 0.9 --latency 0.1"""
     parser = _command(commands, "simulate", _simulate, "predict makespan, idle time and memory", teach)
     add_schedule(parser)
-    add_costs(parser)
+    add_costs(parser, early=True)
 
 
 def _simulate(args: argparse.Namespace) -> None:
@@ -151,7 +151,7 @@ example: python -m dualpipe plot --schedule dualpipe --ranks 8 --micro-batches 2
         "--out", metavar="FILE", action="append", required=True, help="FILE.svg, .png or .json; may be repeated"
     )
     add_schedule(parser)
-    add_costs(parser)
+    add_costs(parser, early=True)
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -215,8 +215,8 @@ examples: python -m dualpipe compare --ranks 8 --micro-batches 20
 
 
 def _compare(args: argparse.Namespace) -> None:
-    if args.ranks < 1:
-        raise ValueError(f"--ranks {args.ranks}: at least 1 is needed")
+    if args.ranks < 1 or args.micro_batches < 1:
+        raise ValueError(f"--ranks {args.ranks} and --micro-batches {args.micro_batches} must be at least 1")
     costs = costs_from(args, args.ranks)
     for equal in ("stages", "devices"):
         print(f"Equal {equal}: {args.ranks} {equal}, {args.micro_batches} micro-batches\n")

@@ -17,7 +17,10 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--schedule", metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
     source.add_argument(
-        "--csv", metavar="FILE", help="a CSV of torch.distributed.pipelining, one row per rank; - is standard input"
+        "--csv",
+        metavar="FILE",
+        help="a CSV of torch.distributed.pipelining, one row per rank, which says itself how many ranks and "
+        "micro-batches there are; - is standard input",
     )
     add_size(group)
     group.add_argument(
@@ -53,7 +56,8 @@ def _option(text: str) -> tuple[str, int]:
     return key, int(value)
 
 
-def add_costs(parser: argparse.ArgumentParser) -> None:
+def add_costs(parser: argparse.ArgumentParser, early: bool = False) -> None:
+    """`early`: offer --early too, for commands that simulate one schedule."""
     group = parser.add_argument_group(
         "costs",
         "Times in any one unit. One number holds for every stage; a list such as 1,1,1,1.5 gives each stage its own. "
@@ -72,11 +76,12 @@ def add_costs(parser: argparse.ArgumentParser) -> None:
         help="time of an overlapped pair as a part of F + B: 1 hides nothing, 0.8 hides a fifth (default 1); a list "
         "gives each stage its own",
     )
-    group.add_argument(
-        "--early",
-        action="store_true",
-        help="results leave as soon as they are there, as in the runtime, not at the end of their step",
-    )
+    if early:
+        group.add_argument(
+            "--early",
+            action="store_true",
+            help="results leave as soon as they are there, as in the runtime, not at the end of their step",
+        )
     group.add_argument("--latency", type=float, default=0.0, metavar="T", help="delay of a message (default 0)")
     group.add_argument(
         "--transfer", type=float, default=0.0, metavar="T", help="time a message occupies its link (default 0)"
@@ -108,7 +113,10 @@ def stages_listed(args: argparse.Namespace) -> int:
 
 
 def _times(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number, or one per stage, e.g. 1,1,1,1.5") from None
 
 
 def _per_stage(name: str, times: Sequence[float], num_stages: int) -> tuple[float, ...]:

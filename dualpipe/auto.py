@@ -14,6 +14,7 @@ memory counts in R-ths of the model, so an activation of a V's thin stage counts
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,8 @@ def search(
     """
     cuts = both_cuts(costs, num_ranks) if isinstance(costs, Costs) else tuple(costs)
     cap = num_ranks + 1 if max_activations is None else max_activations
+    if not math.isfinite(cap):
+        raise ValueError(f"max_activations={cap} is no amount of memory; leave it out for R + 1, or give a number")
     problems = [
         problem
         for problem in _problems(num_ranks, num_micro_batches, cuts, cap, bidirectional)

@@ -185,7 +185,9 @@ class ModuleStage:
     def segments(self, micro_batch: Example) -> Sequence[Segment]:
         def run(*received: Tensor) -> Any:
             result = self._module(*(received if self._number else micro_batch.inputs))
-            return micro_batch.loss(result, micro_batch.target) if self._is_last else as_result(result)
+            if not self._is_last:
+                return as_result(result)
+            return checked_loss(micro_batch.loss(result, micro_batch.target))
 
         reads = inputs_of(len(self.input_spec(micro_batch)))
         writes = outputs_of(1 if self._is_last else len(self.output_spec(micro_batch)))
@@ -195,6 +197,17 @@ class ModuleStage:
 def as_result(value: Any) -> Any:
     """A list of outputs as the tuple that a segment returns."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def checked_loss(value: Any) -> Tensor:
+    """A loss that can be differentiated. Raises TypeError or ValueError, as `backward` would."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss(output, target) must return a tensor; it returned a {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"loss(output, target) must return one number; it returned a tensor of {list(value.shape)}")
+    if torch.is_grad_enabled() and not value.requires_grad:
+        raise ValueError("loss(output, target) depends on no parameter and no input of its stage: nothing to learn")
+    return value
 
 
 def _distinct(modules: Any) -> set[int]:

@@ -93,3 +93,35 @@ def test_compare_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["dualpipe"] == ["8", "8", "6", "6", "0", "9.1%", "2×", "9", "66"]
     assert rows["dualpipev"] == ["4", "8", "6", "6", "0", "4.8%", "2×", "9", "126"]
     assert "zb1p" in devices
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("search --ranks 2 --micro-batches 4 --max-activations nan", "max_activations=nan is no amount of memory"),
+        ("search --ranks 2 --micro-batches 4 --max-activations inf", "max_activations=inf is no amount of memory"),
+        ("show --schedule interleaved_1f1b --ranks 4 --option chunks=99999999", "would have 7999999920 forwards"),
+        ("show --schedule zbv --ranks 100000 --micro-batches 100000", "would have 10000000000 forwards"),
+        ("compare --ranks 4 --micro-batches -1", "--ranks 4 and --micro-batches -1 must be at least 1"),
+    ],
+)
+def test_sizes_that_cannot_be_give_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("simulate --schedule zbv --forward x", "argument --forward: 'x': write a number, or one per stage"),
+        ("compare --early", "unrecognized arguments: --early"),  # it would change nothing
+        ("search --early", "unrecognized arguments: --early"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(line.split())
+    assert done.value.code == 2
+    assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ A generator takes the number of ranks and of micro-batches, and options of its o
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -19,6 +20,7 @@ from dualpipe.schedules.zb1p import zb1p
 from dualpipe.schedules.zbv import zbv
 
 Generator = Callable[..., Schedule]
+LARGEST = 2_000_000  # forwards; keeps a typing error from filling the memory
 
 SCHEDULES: Mapping[str, Generator] = MappingProxyType(
     {
@@ -50,4 +52,11 @@ def make_schedule(name: str, num_ranks: int, num_micro_batches: int, **options: 
         if option not in allowed:
             known = ", ".join(allowed) or "none"
             raise ValueError(f"{name} has no option {option!r}; it has: {known}")
+    size = num_ranks * num_micro_batches * math.prod(options.values())
+    if num_ranks > 0 and size > LARGEST:
+        asked = "".join(f", {option}={value}" for option, value in options.items())
+        raise ValueError(
+            f"{name} of {num_ranks} ranks, {num_micro_batches} micro-batches{asked} would have {size} forwards; "
+            f"at most {LARGEST} are made"
+        )
     return SCHEDULES[name](num_ranks, num_micro_batches, **options)
