@@ -15,28 +15,45 @@ A position of the module's layer sees the main model's hidden state there, and t
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from model.decode import Decoder, Piece
-from model.sampling import ACCEPT, DRAFT, Sampling, choose, draw, probabilities, uniform
+from model.sampling import ACCEPT, DRAFT, Sampling, draw, probabilities, uniform
 from serving.sequence import Draft, Sequence
 
 
-def verify(logits_NV: Tensor, sampling: Sampling, index: int, draft: Draft | None) -> list[int]:
-    """The tokens from `index` on: one, or two if there was a draft and it is taken.
+def verify(
+    logits_NV: Tensor, samplings: Many[Sampling], indices: Many[int], drafts: Many[Draft | None]
+) -> list[list[int]]:
+    """Each sequence's tokens from its index on: one, or two if there was a draft and it is taken.
 
-    logits_NV   after the last token and, if there is a draft, after that
+    logits_NV   of one sequence after the other: after its last token and, if it has a draft, after that
     """
-    if draft is None:
-        return choose(logits_NV, [sampling], [index])
-    p_NV = probabilities(logits_NV, [sampling] * 2)
-    p, q = float(p_NV[0, draft.token]), float(draft.q_V[draft.token])
-    if uniform(sampling.seed, index, ACCEPT) * q < p:
-        return [draft.token, *draw(p_NV[1:], [uniform(sampling.seed, index + 1)])]
-    rest_V = (p_NV[0] - draft.q_V).clamp_(min=0)
-    return draw(rest_V.unsqueeze(0), [uniform(sampling.seed, index)])
+    ends = list(accumulate((1 + (draft is not None) for draft in drafts), initial=0))
+    if all(s.temperature == 0 for s in samplings):
+        best = logits_NV.argmax(-1).tolist()
+        right = [draft is not None and draft.token == best[row] for draft, row in zip(drafts, ends, strict=False)]
+        return [best[row : row + 1 + taken] for row, taken in zip(ends, right, strict=False)]
+    rows = torch.tensor(ends[:-1], device=logits_NV.device)
+    per_row = [s for s, draft in zip(samplings, drafts, strict=True) for _ in range(1 + (draft is not None))]
+    p_NV = probabilities(logits_NV, per_row)
+    from_BV, taken_B = p_NV[rows], [False] * len(drafts)
+    guessed = [i for i, draft in enumerate(drafts) if draft is not None]
+    if guessed:
+        q_GV = torch.stack([draft.q_V for draft in drafts if draft is not None])
+        guess_G1 = torch.tensor([[draft.token] for draft in drafts if draft is not None], device=q_GV.device)
+        p_GV = from_BV[guessed]
+        p_G, q_G = (x.gather(1, guess_G1).flatten().tolist() for x in (p_GV, q_GV))
+        for i, p, q in zip(guessed, p_G, q_G, strict=True):
+            taken_B[i] = uniform(samplings[i].seed, indices[i], ACCEPT) * q < p
+        taken_G1 = torch.tensor([[taken_B[i]] for i in guessed], device=q_GV.device)
+        from_BV[guessed] = torch.where(taken_G1, p_NV[rows[guessed] + 1], (p_GV - q_GV).clamp_(min=0))
+    numbers = [uniform(s.seed, i + taken) for s, i, taken in zip(samplings, indices, taken_B, strict=True)]
+    drawn = zip(draw(from_BV, numbers), drafts, taken_B, strict=True)
+    return [[draft.token, token] if taken and draft is not None else [token] for token, draft, taken in drawn]
 
 
 def propose(decoder: Decoder, hidden_TD: Tensor, rows: Many[tuple[Sequence, int, int]]) -> bool:

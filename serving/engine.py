@@ -178,24 +178,16 @@ class Engine:
             return []
         rows = [row + i for _, row, has_draft in ready for i in range(1 + has_draft)]
         logits = self.decoder.logits(hidden_TD[rows])
-        if any(has_draft for *_, has_draft in ready):
-            made = self._verify(ready, logits)
+        sequences, indices = [s for s, *_ in ready], [s.made for s, *_ in ready]
+        samplings = [s.request.sampling for s in sequences]
+        drafts = [s.draft if has_draft else None for s, _, has_draft in ready]
+        if any(draft is not None for draft in drafts):
+            made = verify(logits, samplings, indices, drafts)
+            self.counters.drafted += sum(draft is not None for draft in drafts)
+            self.counters.accepted += sum(len(tokens) - 1 for tokens in made)
         else:
-            samplings, indices = [s.request.sampling for s, *_ in ready], [s.made for s, *_ in ready]
             made = [[token] for token in choose(logits, samplings, indices)]
-        return [self._append(s, tokens) for (s, *_), tokens in zip(ready, made, strict=True)]
-
-    def _verify(self, ready: list[tuple[Sequence, int, bool]], logits: Tensor) -> list[list[int]]:
-        made, row = [], 0
-        for s, _, has_draft in ready:
-            tokens = verify(
-                logits[row : row + 1 + has_draft], s.request.sampling, s.made, s.draft if has_draft else None
-            )
-            row += 1 + has_draft
-            self.counters.drafted += has_draft
-            self.counters.accepted += len(tokens) - 1
-            made.append(tokens)
-        return made
+        return [self._append(s, tokens) for s, tokens in zip(sequences, made, strict=True)]
 
     def _append(self, s: Sequence, tokens: list[int]) -> Event:
         """Every token but the last was a draft, and so is in the cache already."""

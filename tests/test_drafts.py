@@ -20,10 +20,10 @@ def test_what_comes_out_is_distributed_as_the_main_model(sampling: Sampling) -> 
     q_V = probabilities(main_NV[:1] + 1.5 * torch.randn(1, 6, generator=generator), [sampling])[0]
     p_NV = probabilities(main_NV, [sampling] * 2)
     count, first, second, taken = 20_000, torch.zeros(6), torch.zeros(6), 0
-    for seed in range(count):
-        one = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed)
-        guess = draw(q_V.unsqueeze(0), [uniform(seed, 0, DRAFT)])[0]
-        tokens = verify(main_NV, one, 0, Draft(guess, q_V))
+    all_of_them = [Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed) for seed in range(count)]
+    guesses = draw(q_V.expand(count, -1), [uniform(seed, 0, DRAFT) for seed in range(count)])
+    drafts = [Draft(guess, q_V) for guess in guesses]
+    for tokens in verify(main_NV.repeat(count, 1), all_of_them, [0] * count, drafts):
         first[tokens[0]] += 1
         if len(tokens) == 2:
             taken += 1
@@ -40,7 +40,22 @@ def test_a_greedy_draft_is_taken_if_and_only_if_it_is_right() -> None:
     logits, greedy = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]]), Sampling(temperature=0)
     for guess, wanted in ((1, [1, 0]), (2, [1]), (0, [1])):
         q_V = torch.nn.functional.one_hot(torch.tensor(guess), 3).double()
-        assert verify(logits, greedy, 0, Draft(guess, q_V)) == wanted
+        assert verify(logits, [greedy], [0], [Draft(guess, q_V)]) == [wanted]
+
+
+def test_sequences_of_a_step_are_verified_as_each_alone() -> None:
+    """Greedy and warm ones, with a draft and without."""
+    generator = torch.Generator().manual_seed(1)
+    samplings = [Sampling(0), Sampling(0.9, seed=3), Sampling(1.1, top_k=3, seed=4), Sampling(0), Sampling(0.7, seed=5)]
+    parts, drafts = [], []
+    for i in range(len(samplings)):
+        parts.append(2 * torch.randn(1 + (i != 2), 6, generator=generator))
+        q_V = probabilities(parts[i][:1], [Sampling(1.0)])[0]
+        drafts.append(Draft(int(q_V.argmax()), q_V) if i != 2 else None)
+    together = verify(torch.cat(parts), samplings, range(5), drafts)
+    for i, part in enumerate(parts):
+        assert verify(part, [samplings[i]], [i], [drafts[i]]) == [together[i]]
+    assert {len(tokens) for tokens in together} == {1, 2}
 
 
 def test_drafts_save_steps_and_are_counted() -> None:
