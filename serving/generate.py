@@ -34,7 +34,7 @@ class GenerateOptions:
     stop: list[str] = field(default_factory=list)  # texts before which to stop, e.g. stop=["\n\n"]
     drafts: bool = False  # guess ahead with the MTP module (the output's distribution stays the same)
     ema: bool = False  # use the moving average of the weights
-    precision: str = "fp32"  # fp32 | bf16 | fp64
+    precision: str = "fp32"  # fp32 | bf16 | fp64 | fp8
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads; 0 = torch's default
     max_length: int = 0  # longest sequence, prompt and answer; 0 = as trained

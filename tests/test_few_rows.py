@@ -10,10 +10,10 @@ from torch import Tensor
 
 from model.few_rows import (
     SLAB,
+    batch_height,
     batched_product,
     few_rows_grouped_product,
     few_rows_product,
-    is_batchable,
     narrow_product,
 )
 
@@ -36,17 +36,24 @@ def test_grouped_products_of_any_numbers_of_rows(counts: list[int], seed: int) -
 def test_experts_with_more_rows_than_a_slab_are_left_over() -> None:
     counts = [1, SLAB + 3, 0, SLAB]
     x, weight = torch.randn(sum(counts), 8), torch.randn(4, 6, 8)
-    assert is_batchable(x, counts)
-    out, missing = batched_product(x, weight, counts)
+    out, missing = batched_product(x, weight, counts, SLAB)
     assert missing == [(1, slice(1 + SLAB, 1 + SLAB + 3))]
     done = [row for row in range(len(x)) if row not in range(1 + SLAB, 1 + SLAB + 3)]
     torch.testing.assert_close(out[done], plain(x, weight, counts)[done])
 
 
-def test_weights_of_experts_without_rows_are_not_read_for_nothing() -> None:
-    assert is_batchable(torch.randn(8, 8), [1] * 8 + [0] * 8)
-    assert not is_batchable(torch.randn(4, 8), [1, 1, 1, 1] + [0] * 12)
-    assert not is_batchable(torch.randn(0, 8), [0, 0])
+def test_the_height_of_a_batch_is_bounded_by_the_mean() -> None:
+    assert batch_height([1, 0, 9, 2]) == SLAB
+    assert batch_height([7, 5, 6, 6]) == 8
+    assert batch_height([0, 0, 0, 40]) == 20
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1] + [0] * 12, [0, 0], [9, 10, 8, 30], [300, 1]], ids=str)
+def test_few_experts_none_and_many_rows(counts: list[int]) -> None:
+    x, weight = torch.randn(sum(counts), 8).double(), torch.randn(len(counts), 6, 8).double()
+    torch.testing.assert_close(few_rows_grouped_product(x, weight, counts), plain(x, weight, counts))
+    across = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(few_rows_grouped_product(x, across, counts), plain(x, weight, counts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
