@@ -59,8 +59,10 @@ class Work:
     @property
     def read(self) -> list[int]:
         s = self.sequence
-        drafted = [s.draft.token] if s.draft is not None else []
-        return [*s.tokens, *drafted][s.cached : s.cached + self.count]
+        tokens = s.tokens[s.cached : s.cached + self.count]
+        if len(tokens) < self.count and s.draft is not None:
+            tokens.append(s.draft.token)
+        return tokens
 
 
 class Scheduler:

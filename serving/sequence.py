@@ -23,7 +23,7 @@ class Request:
     eod: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Draft:
     """A guess of the next token, and the distribution q [V] (FP64) that it was drawn from."""
 
@@ -31,9 +31,12 @@ class Draft:
     q_V: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """tokens: the prompt and what was made of it; the first `cached` of them are in the cache, in `slots`."""
+    """tokens: the prompt and what was made of it; the first `cached` of them are in the cache, in `slots`.
+
+    Two of them are equal if they are the same one.
+    """
 
     request: Request
     tokens: list[int]
