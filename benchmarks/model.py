@@ -1,18 +1,19 @@
 """Training speed of the model against transformers' DeepseekV3ForCausalLM; `--scaling` shows cost as work grows.
 
-    .venv/bin/python -m benchmarks.model [--rounds 3]
-    .venv/bin/python -m benchmarks.model --compile            compile=on against off
-    .venv/bin/python -m benchmarks.model --scaling [--resume] resume: keep the points that are in the results already
+    .venv/bin/python -m benchmarks.model [--rounds 5] [--case 0]     case: one size; the other's results stay
+    .venv/bin/python -m benchmarks.model --compile                   compile=on against off
+    .venv/bin/python -m benchmarks.model --scaling [--resume]        resume: keep the points that are in the results
 
 One process, two threads; the same configuration, weights, tokens and AdamW (torch's fused one). Ours and the peer's
-steps are taken in turns and the best of each is compared: on a machine that others use too, the best is the least
-disturbed. A step is forward, backward and optimizer.
+steps are taken in turns, and the medians are compared. A step is forward, backward and optimizer. Freed memory is kept
+(training/allocator.py), as train.py does: without it the peer, which allocates more, pays for what is in the process.
 
     fp32   both compute in FP32
     bf16   ours: FP32 masters, BF16 products. The peer twice: the same under autocast, and with all of it in BF16
 
 The second table has the share of the machine's GEMM peak (the best of products like the model's, measured here, by
-torch and by oneDNN) that the step's multiplications with weights reach, and where the time goes.
+torch and by oneDNN) that the step's multiplications with weights reach, where the time goes, and the limit: what all
+products alone would take at that peak, against half of the FP32 or autocast peer's step.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from model.names import named_routers
 from model.products import product
 from model.router import Router
 from model.stage import ModelStage
+from training.allocator import keep_freed_memory
 
 THREADS = 2
 SMALL = ModelConfig(
@@ -108,7 +110,7 @@ def peer_step(case: Case, dtype: torch.dtype, autocast: bool) -> Callable[[], fl
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(out.loss)
+        return float(out.loss.detach())
 
     return step
 
@@ -136,7 +138,7 @@ def compare(case: Case, rounds: int) -> list[Row]:
         for _ in range(rounds):
             for name, step in steps.items():
                 times[name].append(seconds(step))
-        speed = {name: case.tokens / min(values) for name, values in times.items()}
+        speed = {name: case.tokens / statistics.median(values) for name, values in times.items()}
         rows += [
             Row(f"{case.name}, {precision}", "tokens/s", speed["ours"], name, speed[name]) for name in list(steps)[1:]
         ]
@@ -151,7 +153,7 @@ def compare_compiled(case: Case, rounds: int) -> list[Row]:
     for precision in ("fp32", "bf16"):
         steps = [our_step(case, precision, compiled) for compiled in (True, False)]
         times = [[seconds(step) for step in steps] for _ in range(rounds + 2)][2:]
-        on, off = (case.tokens / min(column) for column in zip(*times, strict=True))
+        on, off = (case.tokens / statistics.median(column) for column in zip(*times, strict=True))
         rows.append(Row(f"{case.name}, {precision}", "tokens/s", on, "compile=off", off))
     return rows
 
@@ -175,8 +177,8 @@ def gemm_peak(dtype: torch.dtype) -> tuple[float, float]:
     return best[0], best[1]
 
 
-def where_time_goes(case: Case, precision: str) -> dict[str, float]:
-    """Milliseconds of one step by kind of operation, and the share of the GEMM peak."""
+def where_time_goes(case: Case, precision: str, peer_speed: float) -> dict[str, float]:
+    """Milliseconds of one step by kind of operation, and the share of the GEMM peak; peer_speed in tokens/s."""
     step = our_step(case, precision)
     step()
     step()
@@ -198,14 +200,18 @@ def where_time_goes(case: Case, precision: str) -> dict[str, float]:
     peak, by_torch = gemm_peak(dtype)
     print(f"\n{case.name}, {precision}: {1e3 * elapsed:.0f} ms per step. Share of the GEMM peak of {peak:.0f} GFLOP/s")
     print(f"(torch's own: {by_torch:.0f}): {flops / elapsed / 1e9 / peak:.2f}, attention's products not counted.")
+    floor, half = 1e3 * (flops / 1e9 + attention_gflops(case)) / peak, 5e2 * case.tokens / peer_speed
+    print(f"At that peak all products alone take {floor:.0f} ms; half of the peer's step is {half:.0f} ms.")
     total = sum(table.values())
     for kind, value in table.items():
         print(f"  {kind:18}{value:8.0f} ms  {value / total:5.1%}")
     table |= {"step_ms": 1e3 * elapsed, "gemm_peak_gflops": peak, "torch_gemm_gflops": by_torch}
-    return table | {"share_of_peak": flops / elapsed / 1e9 / peak, "attention_gflops": attention_share(case)}
+    table |= {"products_at_peak_ms": floor, "half_of_peer_ms": half}
+    return table | {"share_of_peak": flops / elapsed / 1e9 / peak, "attention_gflops": attention_gflops(case)}
 
 
-def attention_share(case: Case) -> float:
+def attention_gflops(case: Case) -> float:
+    """Of a step's attention core, causal: what is needed, not what masked blocks or recomputation add."""
     return 3e-9 * attention_flops(case.config, case.seq_len) * case.tokens
 
 
@@ -308,27 +314,38 @@ def _draw(data: dict[str, list[dict[str, float]]], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one size alone, into results of its own")
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one size alone")
     parser.add_argument("--scaling", action="store_true", help="cost as sequence and experts grow, instead")
     parser.add_argument("--resume", action="store_true", help="keep the points that an earlier --scaling measured")
     parser.add_argument("--compile", action="store_true", help="compile=on against off, instead")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(THREADS)
+    keep_freed_memory()
     if options.scaling:
         scaling(options.resume)
         return
     if options.compile:
         publish("model_compile", compare_compiled(CASES[0], options.rounds))
         return
-    rows: list[Row] = []
-    tables: dict[str, dict[str, float]] = {}
-    name = "model" if options.case is None else f"model_case_{options.case}"
     for case in CASES if options.case is None else (CASES[options.case],):
-        rows += compare(case, options.rounds)
-        publish(name, rows)
-        tables |= {f"{case.name}, {precision}": where_time_goes(case, precision) for precision in ("fp32", "bf16")}
-        (RESULTS / f"{name}_time.json").write_text(json.dumps(tables, indent=1) + "\n")
+        measure(case, options.rounds)
+
+
+def measure(case: Case, rounds: int) -> None:
+    """One size, into the results, where those of the other size stay."""
+    rows = compare(case, rounds)
+    file, times = RESULTS / "model.json", RESULTS / "model_time.json"
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    others = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in known]
+    rows += [row for row in others if not row.case.startswith(case.name)]
+    publish("model", sorted(rows, key=lambda row: row.case))
+    tables = json.loads(times.read_text()) if times.exists() else {}
+    for precision in ("fp32", "bf16"):
+        name = f"{case.name}, {precision}"
+        peer = next(row.theirs for row in rows if row.case == name)
+        tables[name] = where_time_goes(case, precision, peer)
+    times.write_text(json.dumps(tables, indent=1) + "\n")
 
 
 if __name__ == "__main__":

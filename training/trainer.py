@@ -30,6 +30,7 @@ from parallel.mesh import Layout, Mesh
 from parallel.saved import CheckpointError, RunState, has_average, list_checkpoints, read_run_state, step_of
 from parallel.zero import load_deepspeed
 from training import checkpoint
+from training.allocator import keep_freed_memory
 from training.balance import BalanceMonitor, bias_rate
 from training.capacity import check_capacity
 from training.checkpoint_writer import CheckpointWriter
@@ -131,6 +132,8 @@ def join_process_group(job: Job) -> Mesh:
     """Meet the other processes (torchrun's environment variables) and make the groups of the mesh."""
     threads = job.config.launch.threads or (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, threads))
+    if job.device.type == "cpu":
+        keep_freed_memory()
     timeout = timedelta(seconds=job.config.launch.timeout_seconds)
     if job.layout.world > 1:
         if job.config.optim.zero:
