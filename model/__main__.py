@@ -1,4 +1,4 @@
-"""`python -m model describe model=deepseek_v3_671b [model.num_layers=…] [seq=4096] [pp=16] [dp=128] [ep=64] …`
+"""`python -m model describe model=deepseek_v3_671b [model.num_layers=…] [seq=4096] [batch=1] [pp=16] [dp=128] …`
 
 Prints a model's parameters, FLOPs per token and memory per rank. Nothing is allocated. With precision=fp8
 [precision.formats.MODULE=FORMAT] also which module computes in which format.
@@ -50,9 +50,9 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> ModelConf
     return config
 
 
-def describe(config: ModelConfig, seq_len: int, layout: Layout) -> str:
-    """The table, as text."""
-    p, memory = count_parameters(config), rank_memory(config, layout)
+def describe(config: ModelConfig, seq_len: int, layout: Layout, batch: int = 1) -> str:
+    """The table, as text, for micro-batches of `batch` sequences."""
+    p, memory = count_parameters(config), rank_memory(config, layout, batch * seq_len)
     rows: list[tuple[str, str]] = [
         ("embedding", _short(p.embedding)),
         ("output head", _short(p.head)),
@@ -72,12 +72,13 @@ def describe(config: ModelConfig, seq_len: int, layout: Layout) -> str:
             "layout",
             f"PP {layout.pp} × DP {layout.dp}, EP {layout.ep}, {'two' if layout.mirrored else 'one'} direction(s)",
         ),
-        ("parameters on the fullest rank", _short(memory.parameters)),
+        (f"parameters on the fullest rank, {memory.rank} of the pipeline", _short(memory.parameters)),
         ("  weights: FP32 masters, BF16 copies", _gib(memory.weights)),
         ("  gradients, FP32", _gib(memory.gradients)),
         (f"  Adam, FP32{', sharded over copies' if layout.zero else ''}", _gib(memory.optimizer)),
+        (f"  activations, BF16, {memory.micro_batches} × {batch} × {seq_len} tokens", _gib(memory.activations)),
         ("  together", _gib(memory.total)),
-        ("activations come on top", "python train.py dry_run=true model=… counts them, for a whole layout"),
+        ("what passes, traffic, bubble", "python train.py dry_run=true model=…, for any schedule and precision"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in rows)
@@ -116,7 +117,10 @@ def main(arguments: list[str]) -> int:
     try:
         settings = dict(OmegaConf.to_container(OmegaConf.from_dotlist(arguments[1:])) or {})  # type: ignore[arg-type]
         overrides: dict[str, Any] = {}
-        name, seq_len = "tiny", int(settings.pop("seq", 4096))
+        name, seq_len, batch = "tiny", int(settings.pop("seq", 4096)), int(settings.pop("batch", 1))
+        for key, value in (("seq", seq_len), ("batch", batch)):
+            if value < 1:
+                raise ValueError(f"{key}={value} must be at least 1")
         for word in arguments[1:]:
             key, _, value = word.partition("=")
             if key == "model":
@@ -128,11 +132,11 @@ def main(arguments: list[str]) -> int:
         formats = describe_precision(arguments[1:])
         unknown = sorted(set(settings) - {f.name for f in fields(Layout)})
         if unknown:
-            known = "model, model.*, precision, precision.*, seq, pp, dp, ep, mirrored, zero"
+            known = "model, model.*, precision, precision.*, seq, batch, pp, dp, ep, mirrored, zero"
             raise ValueError(f"{unknown[0]}: unknown; known are {known}")
         layout = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Layout), settings))
         assert isinstance(layout, Layout)
-        print(describe(load_preset(name, overrides), seq_len, layout), formats, sep="")
+        print(describe(load_preset(name, overrides), seq_len, layout, batch), formats, sep="")
     except (ValueError, OmegaConfBaseException) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from model.activations import stage_activations
 from model.config import ModelConfig, split_layers
 from model.hf import Entry, entries
 
@@ -104,22 +105,32 @@ class Layout:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the rank that holds most. Activations come on top: they depend on the schedule."""
+    """Bytes on the rank that holds most: `rank` of the pipeline."""
 
+    rank: int
     parameters: int
     weights: float  # FP32 masters and BF16 copies
     gradients: float
     optimizer: float
+    activations: float
+    micro_batches: int  # whose activations are kept at once
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def rank_memory(config: ModelConfig, layout: Layout) -> RankMemory:
-    """FP32 master weights and gradients, BF16 copies, Adam's moments in FP32. Raises ValueError for a bad layout."""
+def rank_memory(config: ModelConfig, layout: Layout, tokens: int) -> RankMemory:
+    """FP32 master weights and gradients, BF16 copies, Adam's moments in FP32, BF16 activations at the pipeline's peak.
+
+    tokens   of a micro-batch. Stage s of PP keeps those of PP − s micro-batches, as under 1F1B; mirrored, a rank does
+             so for both of its stages (DualPipe's PP + 1 in all). What lives within one backward comes on top.
+
+    Raises ValueError for a bad layout.
+    """
     layout.check(config)
-    stages = _stage_sizes(config, layout)
+    stages, layers = _stage_sizes(config, layout), split_layers(config, layout.pp)
+    kept = [stage_activations(config, held, s == layout.pp - 1, tokens) for s, held in enumerate(layers)]
     copies = layout.dp * (2 if layout.mirrored and layout.pp > 1 else 1)
     most = None
     for rank in range(layout.pp):
@@ -129,7 +140,10 @@ def rank_memory(config: ModelConfig, layout: Layout) -> RankMemory:
         number = dense + routed
         shards = (copies, copies / layout.ep) if layout.zero else (1, 1)
         optimizer = BYTES_ADAM * (dense / shards[0] + routed / shards[1])
-        memory = RankMemory(number, (BYTES_FP32 + BYTES_BF16) * number, BYTES_FP32 * number, optimizer)
+        micro_batches = [layout.pp - stage for stage in held]
+        activations = sum(kept[stage] * (layout.pp - stage) for stage in held)
+        weights, gradients = (BYTES_FP32 + BYTES_BF16) * number, BYTES_FP32 * number
+        memory = RankMemory(rank, number, weights, gradients, optimizer, activations, sum(micro_batches))
         if most is None or memory.total > most.total:
             most = memory
     assert most is not None

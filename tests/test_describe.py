@@ -6,14 +6,18 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 
 from dualpipe.schedules import make_schedule
 from dualpipe.wgrad import WeightGradQueue
 from model.__main__ import describe, load_preset, main
+from model.activations import stage_activations
+from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.describe import Layout, cache_bytes, count_parameters, rank_memory, training_flops
 from model.hf import entries
@@ -23,6 +27,7 @@ from model.stage import ModelStage
 from parallel.build import BuildOptions, build_stages
 from parallel.mesh import Layout as MeshLayout
 from parallel.mesh import Mesh
+from parallel.rehearsal import PaperDispatcher, rehearse
 from tests.test_parity import configurations
 
 ROOT = Path(__file__).parent.parent
@@ -79,19 +84,46 @@ def test_the_table_of_names_is_complete(config: ModelConfig) -> None:
 def test_memory_of_ranks_adds_up() -> None:
     config = load_preset("mini")
     counts = count_parameters(config)
-    alone = rank_memory(config, Layout())
+    alone = rank_memory(config, Layout(), 64)
     biases = config.num_moe_layers * config.num_experts
     assert alone.parameters == counts.main + biases
     assert alone.gradients == 4 * alone.parameters
     assert alone.optimizer == 8 * alone.parameters
-    halves = rank_memory(config, Layout(pp=2, mirrored=False, zero=False))
+    halves = rank_memory(config, Layout(pp=2, mirrored=False, zero=False), 64)
     assert alone.parameters / 2 <= halves.parameters < alone.parameters
-    both = rank_memory(config, Layout(pp=2, mirrored=True))
+    both = rank_memory(config, Layout(pp=2, mirrored=True), 64)
     assert both.parameters == alone.parameters
     assert both.optimizer == alone.optimizer / 2
-    spread = rank_memory(config, Layout(dp=4, ep=4))
+    spread = rank_memory(config, Layout(dp=4, ep=4), 64)
     assert spread.parameters == alone.parameters - counts.routed * 3 // 4
     assert spread.optimizer == 8 * ((alone.parameters - counts.routed) / 4 + counts.routed / 4)
+
+
+@pytest.mark.parametrize("name", ["tiny", "mini", "deepseek_v3_671b"])
+@pytest.mark.parametrize(("recompute", "depth"), [(False, 0), (True, 1), (False, 2)])
+@pytest.mark.parametrize("tokens", [256, 4096])
+def test_activations_are_those_that_the_modules_keep(name: str, recompute: bool, depth: int, tokens: int) -> None:
+    config = replace(load_preset(name), num_layers=3, num_dense_layers=1, recompute=recompute, mtp_depth=depth)
+    precision, dtype = make_precision("bf16", here=False)
+    mesh, queue = Mesh(MeshLayout(1, 1, 1), 0, None, None, None, None, None), WeightGradQueue()
+    options, dispatcher = BuildOptions(param_dtype=dtype, device="meta"), PaperDispatcher(config.num_experts, 1.0)
+    schedule = make_schedule("one_f_one_b", 1, 1)
+    stage = build_stages(config, schedule, mesh, precision, options, queue, dispatcher)[0]
+    ids = torch.empty((1, tokens), dtype=torch.int64, device="meta")
+    kept = rehearse(stage, MicroBatch(ids, ids, ids, ids, 1.0, (1.0,) * depth), queue).forward.kept
+    assert 0.98 < stage_activations(config, range(3), True, tokens) / kept < 1.0
+
+
+def test_activations_of_a_pipeline_are_those_of_its_schedule() -> None:
+    """DualPipe's ranks keep PP + 1 micro-batches, rank r of 1F1B PP − r."""
+    config = replace(load_preset("mini"), num_layers=8)
+    layers = stage_activations(config, range(4, 6), False, 64)
+    dual, plain = (rank_memory(config, Layout(pp=4, mirrored=mirrored), 64) for mirrored in (True, False))
+    assert dual.micro_batches == 5
+    assert plain.micro_batches == 4 - plain.rank
+    held = range(2 * plain.rank, 2 * plain.rank + 2)
+    assert plain.activations == plain.micro_batches * stage_activations(config, held, False, 64)
+    assert 0.8 * 5 * layers < dual.activations < 1.2 * 5 * layers
 
 
 def test_the_table_prints_and_bad_input_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +135,7 @@ def test_the_table_prints_and_bad_input_is_refused(capsys: pytest.CaptureFixture
         (["describe", "model=tiny", "model.layers=3"], "layers"),
         (["describe", "model=tiny", "model.num_layers=x"], "Integer"),
         (["describe", "model=tiny", "pp=9"], "num_layers"),
+        (["describe", "model=tiny", "batch=0"], "batch=0"),
         (["describe", "model=tiny", "dp=3", "ep=2"], "ep=2"),
         ([], "usage"),
     ):

@@ -67,7 +67,7 @@ CASES = {
         Case(2, schedule="zb1p", config=replace(MTP1, recompute=True, query_rank=0), steps=2),
         Case(2, schedule="one_f_one_b", config=MTP2, dtype=torch.float32, steps=2),
     ],
-    4: [Case(2, ep=2, schedule=name, config=MTP1, steps=2) for name in ("dualpipe", "one_f_one_b", "zbv")]
+    4: [Case(2, ep=2, schedule=name, config=MTP1, steps=2) for name in SCHEDULES]
     + [Case(4, schedule=name, config=MTP2, steps=2) for name in ("dualpipe", "zb1p")]
     + [Case(1, ep=4, config=MTP1, dtype=torch.float32, steps=2)],
 }
