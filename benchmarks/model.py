@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.model [--rounds 5] [--case 0]     case: one size; the other's results stay
     .venv/bin/python -m benchmarks.model --compile                   compile=on against off
+    .venv/bin/python -m benchmarks.model --default-allocator         the peer alone, with glibc's defaults, then ours
     .venv/bin/python -m benchmarks.model --scaling [--resume]        resume: keep the points that are in the results
 
 One process, two threads; the same configuration, weights, tokens and AdamW (torch's fused one). Ours and the peer's
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -121,14 +123,39 @@ def seconds(step: Callable[[], float]) -> float:
     return time.perf_counter() - start
 
 
-def compare(case: Case, rounds: int) -> list[Row]:
-    """Tokens per second of ours against each peer, steps taken in turns after two to warm up."""
-    rows = []
-    peers = {
+PEERS = MappingProxyType(
+    {
         "fp32": {"transformers, FP32": (torch.float32, False)},
         "bf16": {"transformers, autocast": (torch.float32, True), "transformers, all BF16": (torch.bfloat16, False)},
     }
-    for precision, kinds in peers.items():
+)
+
+
+def compare_as_it_comes(rounds: int) -> list[Row]:
+    """The peer before anything of ours is in the process, with glibc's defaults; then ours, which keeps freed memory."""
+    case = CASES[0]
+    peers = {name: kind for kinds in PEERS.values() for name, kind in kinds.items()}
+    theirs = {name: _speed_alone(partial(peer_step, case, *kind), case, rounds) for name, kind in peers.items()}
+    keep_freed_memory()
+    ours = {precision: _speed_alone(partial(our_step, case, precision), case, rounds) for precision in PEERS}
+    return [
+        Row(f"{case.name}, {precision}", "tokens/s", ours[precision], name, theirs[name])
+        for precision, kinds in PEERS.items()
+        for name in kinds
+    ]
+
+
+def _speed_alone(make: Callable[[], Callable[[], float]], case: Case, rounds: int) -> float:
+    gc.collect()
+    step = make()
+    times = [seconds(step) for _ in range(rounds + 3)][3:]
+    return case.tokens / statistics.median(times)
+
+
+def compare(case: Case, rounds: int) -> list[Row]:
+    """Tokens per second of ours against each peer, steps taken in turns after two to warm up."""
+    rows = []
+    for precision, kinds in PEERS.items():
         steps = {"ours": our_step(case, precision)} | {n: peer_step(case, *kind) for n, kind in kinds.items()}
         losses = {name: [step(), step()] for name, step in steps.items()}
         for name, values in losses.items():
@@ -318,9 +345,13 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="cost as sequence and experts grow, instead")
     parser.add_argument("--resume", action="store_true", help="keep the points that an earlier --scaling measured")
     parser.add_argument("--compile", action="store_true", help="compile=on against off, instead")
+    parser.add_argument("--default-allocator", action="store_true", help="peer alone as it comes, then ours, instead")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(THREADS)
+    if options.default_allocator:
+        publish("model_default_allocator", compare_as_it_comes(options.rounds))
+        return
     keep_freed_memory()
     if options.scaling:
         scaling(options.resume)
