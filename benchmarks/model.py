@@ -132,7 +132,7 @@ PEERS = MappingProxyType(
 
 
 def compare_as_it_comes(rounds: int) -> list[Row]:
-    """The peer before anything of ours is in the process, with glibc's defaults; then ours, which keeps freed memory."""
+    """The peer before anything of ours is in the process, with glibc's defaults; then ours, keeping freed memory."""
     case = CASES[0]
     peers = {name: kind for kinds in PEERS.values() for name, kind in kinds.items()}
     theirs = {name: _speed_alone(partial(peer_step, case, *kind), case, rounds) for name, kind in peers.items()}

@@ -1,6 +1,6 @@
 """Reads and writes checkpoints in the public format: shards of safetensors, an index, config.json.
 
-Streaming: a reader holds one tensor, a writer the tensors of one shard, so memory does not grow with the model. The
+Streaming: a reader holds one tensor, a writer those of half a shard, so memory does not grow with the model. The
 format is simple enough to be written a tensor at a time: the header's length (8 bytes), the header as JSON, the bytes.
 (The library's own writer wants all tensors of a file at once, and copies them.)
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -143,10 +145,7 @@ class _Slot:
 
     @property
     def size(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def write_checkpoint(
@@ -155,7 +154,8 @@ def write_checkpoint(
 ) -> list[Path]:  # fmt: skip
     """Write the model to an empty or new folder; returns the shards.
 
-    source      gives our tensors by global name; asked once per shard for those of the shard
+    source      gives our tensors by global name; asked for as many as half a shard's bytes hold in FP32, so that the
+                peak stays below twice the largest shard whatever the variant
     variant     bf16, fp32, or fp8 (matrices of linear layers in FP8 blocks, the rest in BF16)
     max_length  positions that the model was trained with, for config.json
 
@@ -214,15 +214,34 @@ def _write_shard(path: Path, slots: Sequence[_Slot], source: Source) -> None:
         offset += slot.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    tensors = source(sorted({slot.entry.ours for slot in slots}))
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        scale: Tensor | None = None
-        for slot in slots:
-            value = tensors[slot.entry.ours].detach()[slot.entry.rows]
-            if slot.dtype == torch.float8_e4m3fn:
-                blocks = quantize_blocks(value)
-                value, scale = blocks.values, blocks.scales
-            elif scale is not None:  # a matrix's scales follow it
-                value, scale = scale, None
-            file.write(value.to(device="cpu", dtype=slot.dtype).contiguous().view(torch.uint8).numpy().data)
+        for part in _parts(slots, offset // 2):
+            _write_part(file, part, source(sorted({slot.entry.ours for slot in part})))
+
+
+def _write_part(file: BinaryIO, slots: Sequence[_Slot], tensors: Mapping[str, Tensor]) -> None:
+    scale: Tensor | None = None
+    for slot in slots:
+        value = tensors[slot.entry.ours].detach()[slot.entry.rows]
+        if slot.dtype == torch.float8_e4m3fn:
+            blocks = quantize_blocks(value)
+            value, scale = blocks.values, blocks.scales
+        elif scale is not None:  # a matrix's scales follow it
+            value, scale = scale, None
+        file.write(value.to(device="cpu", dtype=slot.dtype).contiguous().view(torch.uint8).numpy().data)
+
+
+def _parts(slots: Sequence[_Slot], limit: int) -> Iterator[list[_Slot]]:
+    """The slots in stretches whose tensors take at most `limit` bytes in FP32, or of one tensor."""
+    part: list[_Slot] = []
+    held = 0
+    for _, group in groupby(slots, key=lambda slot: slot.entry.ours):
+        same = list(group)
+        size = 4 * sum(prod(slot.shape) for slot in same if not slot.name.endswith(SCALE))
+        if part and held + size > limit:
+            yield part
+            part, held = [], 0
+        part += same
+        held += size
+    yield part

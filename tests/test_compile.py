@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.peer import gradients_of, our_model
 from model.functional import make_kernels
+from tests.test_serial_equality import CONFIG, make_batch
 
 DTYPES = [(torch.float32, torch.float32, 1e-5), (torch.bfloat16, torch.float32, 1e-2)]
 
@@ -36,3 +38,17 @@ def test_compiled_kernels_equal_the_plain_ones(dtype: torch.dtype, param_dtype: 
             pairs.append(zip(compiled.swiglu_backward(half, x, g), plain.swiglu_backward(half, x, g), strict=True))
         for pair in pairs:
             assert all(close(a, b, tolerance) for a, b in pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_a_compiled_model_trains_as_the_plain_one(precision: str, tolerance: float) -> None:
+    """Loss and the gradient of the whole; packed documents."""
+    losses, gradients = [], []
+    for compiled in (False, True):
+        replica = our_model(CONFIG, precision, compiled=compiled)
+        losses.append(sum(replica.pipeline.step(make_batch(0, 1)).values()).double())
+        whole = gradients_of(replica.stages[0])
+        gradients.append(torch.cat([whole[name].double().flatten() for name in sorted(whole)]))
+    assert close(losses[1], losses[0], tolerance)
+    assert close(gradients[1], gradients[0], tolerance)
