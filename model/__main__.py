@@ -118,9 +118,9 @@ def main(arguments: list[str]) -> int:
         settings = dict(OmegaConf.to_container(OmegaConf.from_dotlist(arguments[1:])) or {})  # type: ignore[arg-type]
         overrides: dict[str, Any] = {}
         name, seq_len, batch = "tiny", int(settings.pop("seq", 4096)), int(settings.pop("batch", 1))
-        for key, value in (("seq", seq_len), ("batch", batch)):
-            if value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
+        for label, number in (("seq", seq_len), ("batch", batch)):
+            if number < 1:
+                raise ValueError(f"{label}={number} must be at least 1")
         for word in arguments[1:]:
             key, _, value = word.partition("=")
             if key == "model":
