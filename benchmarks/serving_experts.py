@@ -10,9 +10,13 @@ skewed: topics are drawn with Zipf's law, the same ones for each measurement.
 before   the first placement, which knows no loads: experts in order, redundant copies of the first ones
 after    loads were measured, placements planned, and experts moved, while the ranks served
 
-Every rank's batch is the same before and after, so all texts must be equal; that is checked. Phases are measured in
-turns of prefill and decode, each several times; the median counts. Imbalance is the maximum over the mean of the rows
-that ranks computed, the mean over the layers.
+Experts then move to and fro, and both placements are measured in turns; the median of three rounds counts. Every rank's
+batch is the same in each, so all texts must be equal; that is checked. Three figures:
+
+    maximum over mean load   of the rows that ranks computed, the mean over the layers
+    tokens/s                 of all ranks together; with more ranks than cores it says little
+    tokens/busiest second    the same over the processor time of the busiest rank (waiting takes none): what a machine
+                             with a core for every rank could reach at most
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,7 +40,7 @@ from model.sampling import Sampling
 from model.stage import ModelStage
 from parallel.whole import empty_model
 from serving.engine import CacheSize, Engine
-from serving.expert_groups import ServingGroups, serving_groups
+from serving.expert_groups import serving_groups
 from serving.expert_parallel import ExpertParallel
 from serving.expert_plan import ExpertSettings
 from serving.expert_weights import stage_source
@@ -53,6 +58,7 @@ CASES = ((2, 1.2), (4, 1.2), (4, 2.5))  # ranks, and the exponent of Zipf's law
 REQUESTS = 48  # in all; half of a rank's run at once
 PHASES = {"prefill": (96, 1), "decode": (4, 24)}  # tokens of the prompt, and new ones
 ROUNDS = 3
+METRICS = {"uneven": "maximum over mean load", "rate": "tokens/s", "busiest": "tokens/busiest second"}
 
 
 def topic_model() -> ModelStage:
@@ -95,27 +101,39 @@ def requests(rank: int, world: int, phase: str, exponent: float) -> list[Request
     return found
 
 
-def serve(engine: Engine, wanted: Sequence[Request], groups: ServingGroups) -> tuple[float, dict[str, list[int]]]:
-    """Tokens per second, read and made, of all ranks together, and this rank's texts."""
+@dataclass(frozen=True)
+class Served:
+    """uneven: maximum over mean load. busiest: tokens per second of processor time of the busiest rank."""
+
+    uneven: float
+    rate: float
+    busiest: float
+
+
+def serve(engine: Engine, wanted: Sequence[Request]) -> tuple[Served, dict[str, list[int]]]:
+    """The tokens read and made of all ranks together, and this rank's texts."""
     experts = engine.experts
     assert experts is not None
     made: dict[str, list[int]] = {r.id: [] for r in wanted}
     for r in wanted:
         engine.add(r)
-    groups.gather(None)
-    before, started = engine.counters.read + engine.counters.made, time.perf_counter()
+    experts.groups.gather(None)
+    before, started, busy = engine.counters.read + engine.counters.made, time.perf_counter(), time.thread_time()
     while True:
         for event in engine.step():
             made[event.id] += event.tokens
         if experts.quiet:
             break
-    seconds = time.perf_counter() - started
-    told = groups.gather((engine.counters.read + engine.counters.made - before, seconds))
-    return sum(tokens for tokens, _ in told) / max(seconds for _, seconds in told), made
+    seconds, busy = time.perf_counter() - started, time.thread_time() - busy
+    told = experts.groups.gather((engine.counters.read + engine.counters.made - before, seconds, busy))
+    experts.measure()
+    tokens, all_seconds, all_busy = zip(*told, strict=True)
+    uneven = statistics.mean(experts.imbalance.values())
+    return Served(uneven, sum(tokens) / max(all_seconds), sum(tokens) / max(all_busy)), made
 
 
-def measure(rank: int, world: int, redundant: int, exponent: float, biases: dict[str, Tensor]) -> dict[str, list]:
-    """Of each phase: (imbalance, tokens/s) before and after, and how many copies moved."""
+def shared_engine(rank: int, world: int, redundant: int, biases: dict[str, Tensor]) -> Engine:
+    """This rank's engine over a part of the model's experts."""
     model = topic_model()
     for name, router in named_routers(model).items():
         router.bias_E.copy_(biases[name])
@@ -127,27 +145,41 @@ def measure(rank: int, world: int, redundant: int, exponent: float, biases: dict
     groups = serving_groups(range(world))
     experts = ExpertParallel(stage, stage_source(model), groups, ExpertSettings(redundant=redundant))
     at_once = REQUESTS // world // 2
-    engine = Engine(stage, 256, CacheSize(at_once * 16, 16), Limits(at_once, 512, 999), experts=experts)
-    found: dict[str, list] = {phase: [] for phase in PHASES}
-    texts = {}
-    with torch.inference_mode():
-        for moment in ("before", "after"):
-            for phase in PHASES:
-                wanted, rates = requests(rank, world, phase, exponent), []
-                serve(engine, wanted, groups)
-                experts.measure()
-                for _ in range(ROUNDS):
-                    rate, made = serve(engine, wanted, groups)
-                    rates.append(rate)
-                    assert texts.setdefault(phase, made) == made, "a placement changed what was generated"
-                experts.measure()
-                even = statistics.mean(experts.imbalance.values())
-                found[phase].append((even, statistics.median(rates)))
-            if moment == "before":
-                experts.replan()
-                while experts.moving:
-                    engine.step()
-    return {**found, "swaps": [experts.swapped]}
+    return Engine(stage, 256, CacheSize(at_once * 16, 16), Limits(at_once, 512, 999), experts=experts)
+
+
+def move(engine: Engine) -> None:
+    """Step until all experts are where they are wanted."""
+    assert engine.experts is not None
+    while engine.experts.moving:
+        engine.step()
+
+
+@torch.inference_mode()
+def measure(
+    rank: int, world: int, redundant: int, exponent: float, biases: dict[str, Tensor]
+) -> tuple[int, dict[str, dict[str, list[Served]]]]:
+    """How many copies moved to the planned placement; what was measured, by phase and moment."""
+    engine = shared_engine(rank, world, redundant, biases)
+    experts = engine.experts
+    assert experts is not None
+    loads = {phase: requests(rank, world, phase, exponent) for phase in PHASES}
+    texts = {phase: serve(engine, wanted)[1] for phase, wanted in loads.items()}
+    placements = {"before": experts.state().slots}
+    experts.replan()
+    move(engine)
+    swapped, placements["after"] = experts.swapped, experts.state().slots
+    found: dict[str, dict[str, list[Served]]] = {phase: {moment: [] for moment in placements} for phase in PHASES}
+    for _ in range(ROUNDS):
+        for moment, slots in placements.items():
+            experts.move_to(slots)
+            move(engine)
+            for phase, wanted in loads.items():
+                served, made = serve(engine, wanted)
+                found[phase][moment].append(served)
+                if made != texts[phase]:
+                    raise RuntimeError(f"a placement changed what was generated: {made} instead of {texts[phase]}")
+    return swapped, found
 
 
 def main() -> None:
@@ -159,12 +191,13 @@ def main() -> None:
     rows = []
     for ranks, exponent in options.case or CASES:
         for redundant in options.redundant:
-            found = run_ranks(int(ranks), measure, redundant, exponent, biases)[0]
-            case = f"{ranks:g} ranks, Zipf {exponent:g}, {redundant} redundant, {found['swaps'][0]} moved"
-            for phase in PHASES:
-                (uneven, slow), (even, fast) = found[phase]
-                rows.append(Row(f"{case}: {phase}", "maximum over mean load", even, "before", uneven))
-                rows.append(Row(f"{case}: {phase}", "tokens/s", fast, "before", slow))
+            swapped, found = run_ranks(int(ranks), measure, redundant, exponent, biases)[0]
+            for phase, moments in found.items():
+                case = f"{ranks:g} ranks, Zipf {exponent:g}, {redundant} redundant, {swapped} moved: {phase}"
+                for name, metric in METRICS.items():
+                    before, after = (statistics.median(getattr(served, name) for served in moments[moment])
+                                     for moment in ("before", "after"))  # fmt: skip
+                    rows.append(Row(case, metric, after, "before", before))
     publish("serving_experts", rows)
 
 

@@ -41,7 +41,7 @@ from serving.expert_groups import ServingGroups
 from serving.expert_plan import ExpertSettings, Loads, first_slots, imbalance, next_slots
 from serving.expert_weights import Source, checkpoint_source
 from serving.hosted_experts import HEIGHTS, HostedExperts, SlotWeights, agreeing_heights
-from serving.swaps import Mover, Swap, swaps
+from serving.swaps import Mover, Swap, arrange, swaps
 
 
 @dataclass
@@ -183,11 +183,25 @@ class ExpertParallel:
         """Let every layer have a new placement, one after the other in the coming steps. On all ranks alike."""
         self._due = deque(range(len(self._layers)))
 
+    def move_to(self, wanted: Mapping[str, Slots]) -> None:
+        """Set out for other placements of some layers, by label, in the coming steps. On all ranks alike.
+
+        Raises ValueError if a placement has other ranks, slots or experts than the present one.
+        """
+        for layer in self._layers:
+            if layer.label in wanted:
+                there = arrange(layer.slots, wanted[layer.label])
+                if list(map(len, there)) != list(map(len, layer.slots)):
+                    raise ValueError(f"layer {layer.label}: {there} does not fit the slots of {layer.slots}")
+                CopyTable.of(there, self.stage.config.num_experts)
+                layer.way = deque(swaps(layer.slots, there))
+
     def _plan(self, layer: int) -> None:
         loads = self.loads.average[layer]
         if loads.any():
             at = self._layers[layer]
-            at.way = deque(swaps(at.slots, next_slots(loads, at.slots, self.stage.config.num_groups, self.settings)))
+            wanted = next_slots(loads, at.slots, self.stage.config.num_groups, self.settings)
+            self.move_to({at.label: wanted})
 
     @property
     def moving(self) -> bool:
