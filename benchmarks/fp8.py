@@ -54,6 +54,18 @@ SHAPES = {
     "expert gate_up": (2 * EXPERT, HIDDEN),
     "expert down": (HIDDEN, EXPERT),
 }
+# The Linears of an MoE layer by their names in the table of formats.
+MODULES = {
+    "attention_query_down": "query_down",
+    "attention_query_up": "query_up",
+    "attention_key_value_down": "key_value_down",
+    "attention_key_value_up": "key_value_up",
+    "attention_output": "output",
+    "shared_gate_up": "expert gate_up",
+    "shared_down": "expert down",
+    "experts_gate_up": "expert gate_up",
+    "experts_down": "expert down",
+}
 SCALE_DOWN, TOKENS = 8, 512
 
 
@@ -128,6 +140,32 @@ def kept_by_layers(precision: str) -> dict[str, int]:
     return found
 
 
+def kept_by_all_linears(precision: str) -> int:
+    """Bytes per token that the Linears of one MoE layer of DeepSeek-V3 keep of their inputs, on the meta device.
+
+    Each by itself, though the two first of the attention share their input; nine routed and shared experts a token.
+    """
+    seam, dtype = make_precision(precision)
+    uses = {"experts_gate_up": 8, "experts_down": 8}
+    total = 0
+    for module, name in MODULES.items():
+        outputs, inputs = SHAPES[name]
+        weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device="meta"))
+        x = torch.empty(TOKENS, inputs, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        products = seam.of(module)
+        copies: list[Tensor] = []
+
+        def pack(tensor: Tensor, copies: list[Tensor] = copies) -> Tensor:
+            if tensor.shape[0] == TOKENS:
+                copies.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            products.linear(x, weight, AtOnce())
+        total += sum(t.nbytes for t in copies) * uses.get(module, 1)
+    return total // TOKENS
+
+
 def kept_by_a_layer(precision: str) -> int:
     """Bytes of activations, by one MoE layer of DeepSeek-V3 for 4,096 tokens, from its forward to its backward."""
     seam, dtype = make_precision(precision)
@@ -163,6 +201,8 @@ def row_bytes(hidden: int, experts: int) -> list[Row]:
 def measure_bytes() -> list[Row]:
     fp8, bf16 = kept_by_layers("fp8"), kept_by_layers("bf16")
     rows = [Row(f"kept: {kind}", "bytes per token", fp8[kind] / TOKENS, "bf16", bf16[kind] / TOKENS) for kind in fp8]
+    ours, theirs = kept_by_all_linears("fp8"), kept_by_all_linears("bf16")
+    rows.append(Row("kept: inputs of all Linears of an MoE layer", "bytes per token", ours, "bf16", theirs))
     ours, theirs = kept_by_a_layer("fp8"), kept_by_a_layer("bf16")
     rows.append(Row("kept: MoE layer of DeepSeek-V3, recompute", "KiB per token", ours / 2**22, "bf16", theirs / 2**22))
     return rows + row_bytes(HIDDEN, 8) + row_bytes(ModelConfig().hidden_size, ModelConfig().experts_per_token)

@@ -5,7 +5,8 @@
 
 Runs of a model and seed start from the same weights and read the same text in the same order; only the precision
 differs. The text is read less than once, so the training loss is an honest measure. Adam's moments are BF16 in all.
-The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order.
+The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order. Those called
+`same` only evaluate what `bf16` of that seed has reached, in each precision: no run drifts there.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone
@@ -16,6 +17,7 @@ The runs called `later` go on for 1,000 steps from what `bf16` has reached, on t
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,7 +41,11 @@ MODELS = {
     "model.dense_ffn_size=512",
 }
 ROWS = {"tiny": 4, "wider": 2}  # sequences in a step
-MODELS |= {f"{name}_later": f"{words} {LATER}/{name}-bf16-0" for name, words in MODELS.items()}
+SAME = "optim.lr=1e-12 optim.lr_final=1e-12 optim.warmup_steps=0 eval_every=1 init_from=runs/fp8_training"  # one step
+MODELS |= {
+    **{f"{name}_later": f"{words} {LATER}/{name}-bf16-0" for name, words in MODELS.items()},
+    **{f"{name}_same": f"{words} {SAME}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
+}
 VARIANTS = {
     "bf16": "precision=bf16",
     "fp8": "precision=fp8",
@@ -67,18 +73,22 @@ class Losses:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         train = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
         val = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}
-        return Losses([train[s] for s in sorted(train)], val) if len(train) == STEPS else None
+        return Losses([train[s] for s in sorted(train)], val) if len(train) == steps_of(model) else None
 
     def smoothed(self, end: int) -> float:
         """The mean over the last WINDOW steps up to this one."""
         return sum(self.train[end - WINDOW : end]) / WINDOW
 
 
+def steps_of(model: str) -> int:
+    return 1 if model.endswith("_same") else STEPS
+
+
 def run(model: str, variant: str, seed: str = "0") -> None:
     name = f"{model}-{variant}-{seed}"
-    rows, cuts = ROWS[model.removesuffix("_later")], 2 if variant == "split" else 1
-    words = f"{COMMON} schedule.micro_batches={cuts} data.micro_batch_size={rows // cuts} seed={seed} {MODELS[model]} "
-    words += f"{VARIANTS[variant]} steps={STEPS} runs_dir={RUNS} run={name}"
+    rows, cuts = ROWS[model.split("_")[0]], 2 if variant == "split" else 1
+    words = f"{COMMON} schedule.micro_batches={cuts} data.micro_batch_size={rows // cuts} seed={seed} "
+    words += f"{MODELS[model].format(seed=seed)} {VARIANTS[variant]} steps={steps_of(model)} runs_dir={RUNS} run={name}"
     subprocess.run([sys.executable, "train.py", *words.split()], check=True)
 
 
@@ -87,15 +97,24 @@ def report() -> None:
     rows = []
     for model in MODELS:
         for variant in VARIANTS:
+            differences = []
             for seed in SEEDS:
                 ours, bf16 = Losses.read(model, variant, seed), Losses.read(model, "bf16", seed)
                 if variant == "bf16" or ours is None or bf16 is None:
                     continue
                 case = f"{model}, {variant}, seed {seed}"
+                if model.endswith("_same"):
+                    rows.append(Row(f"{case}, same weights", "validation loss", ours.val[1], "bf16", bf16.val[1]))
+                    continue
+                differences.append(100 * (ours.smoothed(STEPS) / bf16.smoothed(STEPS) - 1))
                 for end in (400, 600, 800, STEPS):
                     name = f"{case}, steps {end - WINDOW + 1}-{end}"
                     rows.append(Row(name, "loss", ours.smoothed(end), "bf16", bf16.smoothed(end)))
                 rows.append(Row(f"{case}, step {STEPS}", "validation loss", ours.val[STEPS], "bf16", bf16.val[STEPS]))
+            if len(differences) > 1:
+                case = f"{model}, {variant} against bf16, mean of {len(differences)} seeds, last {WINDOW} steps"
+                error = statistics.stdev(differences) / len(differences) ** 0.5
+                rows.append(Row(case, "% more loss", statistics.mean(differences), "standard error", error))
     publish("fp8_training", rows)
     draw(Path("docs/images/fp8_training.png"))
 
@@ -107,7 +126,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = [m for m in MODELS if Losses.read(m, "bf16", "0") is not None]
+    models = [m for m in MODELS if not m.endswith("_same") and Losses.read(m, "bf16", "0") is not None]
     figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 5.5), sharex=True, squeeze=False)
     ends = range(WINDOW, STEPS + 1, 10)
     for column, model in enumerate(models):

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from model.fp8.backend import Backend
-from model.fp8.quantize import E4M3, Quantized
-
-E8M0 = torch.float8_e8m0fnu  # an exponent, or NaN
+from model.fp8.quantize import E4M3, E8M0, Quantized
 
 
 class Rows(Protocol):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from model.fp8.backend import Backend
 from model.fp8.e5m6 import pack, unpack
 from model.fp8.formats import LinearFormat
-from model.fp8.quantize import Quantized, pad_groups
+from model.fp8.quantize import E8M0, Quantized, pad_groups
 from model.fp8.reference import swiglu
 from model.functional import Kernels
 from model.grads import grad_of
@@ -81,15 +81,16 @@ class Layer:
         return self.product(tiles, self.quantized.transposed()) if needs_dx else None
 
     def keep(self, x: Tensor, tiles: Quantized) -> tuple[Tensor, ...]:
-        """The tensors to save of an input x [T, K]."""
-        return pack(x, tiles) if self.format.keeps_e5m6 else (tiles.values, tiles.scales)
+        """The tensors to save of an input x [T, K], the scales last; powers of two as one byte each."""
+        kept = pack(x, tiles) if self.format.keeps_e5m6 else (tiles.values, tiles.scales)
+        return (*kept[:-1], kept[-1].to(E8M0)) if self.format.power_of_two_input else kept
 
     def transpose_kept(self, kept: tuple[Tensor, ...]) -> Quantized:
         """The input for Wgrad, from what `keep` returned."""
+        scales = kept[-1].float()
         if self.format.keeps_e5m6:
-            return self.backend.quantize_transposed(unpack(*kept), self.counts, True)
-        values, scales = kept
-        tiles = Quantized(values, scales)
+            return self.backend.quantize_transposed(unpack(kept[0], kept[1], scales), self.counts, True)
+        tiles = Quantized(kept[0], scales)
         return self.backend.requantize_transposed(tiles, self.counts, self.format.power_of_two_input)
 
 

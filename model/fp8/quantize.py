@@ -37,6 +37,7 @@ from torch import Tensor
 TILE = 128
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+E8M0 = torch.float8_e8m0fnu  # a power-of-two scale in one byte: its exponent, or NaN
 
 
 @dataclass(frozen=True)
