@@ -42,7 +42,12 @@ class Products(Protocol):
         counts: list[int] | None,
         kernels: Kernels,
         queue: WeightGrads,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """The linear layer (grouped, if there are counts) of silu(gate) · up [· router gate]."""
+        hidden = swiglu(gate_up, gates_R, kernels)
+        if counts is None:
+            return self.linear(hidden, weight, queue)
+        return self.grouped_linear(hidden, weight, counts, queue)
 
     def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
         """Bytes that are kept beside a weight of that shape and type from its first use until it changes."""
@@ -71,7 +76,7 @@ class Precision(Protocol):
         ...
 
 
-class CastPrecision:
+class CastPrecision(Products):
     """Computes in FP64, FP32 or BF16 with plain torch matrix products, every module alike."""
 
     wire = None
@@ -96,18 +101,6 @@ class CastPrecision:
             return few_rows_grouped_product(x_RI, self._copy(weight_EOI), counts)
         return _GroupedLinear.apply(x_RI, weight_EOI, self._copy(weight_EOI), counts, queue)
 
-    def swiglu_linear(
-        self,
-        gate_up: Tensor,
-        gates_R: Tensor | None,
-        weight: nn.Parameter,
-        counts: list[int] | None,
-        kernels: Kernels,
-        queue: WeightGrads,
-    ) -> Tensor:
-        """The linear layer (grouped, if there are counts) of silu(gate) · up [· router gate]."""
-        return after_swiglu(self, swiglu(gate_up, gates_R, kernels), weight, counts, queue)
-
     def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
         return 0 if stored == self.dtype else shape.numel() * self.dtype.itemsize
 
@@ -124,15 +117,6 @@ class CastPrecision:
         if weight not in self._copies:
             self._copies[weight] = weight.detach().to(self.dtype)
         return self._copies[weight]
-
-
-def after_swiglu(
-    products: Products, hidden: Tensor, weight: nn.Parameter, counts: list[int] | None, queue: WeightGrads
-) -> Tensor:
-    """The linear layer (grouped, if there are counts) of a SwiGLU's output that is there already."""
-    if counts is None:
-        return products.linear(hidden, weight, queue)
-    return products.grouped_linear(hidden, weight, counts, queue)
 
 
 class _Linear(torch.autograd.Function):

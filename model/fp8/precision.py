@@ -16,8 +16,8 @@ from model.fp8.backend import Backend
 from model.fp8.formats import LINEAR_FORMATS, LinearFormat, complete
 from model.fp8.linear import Layer, linear, swiglu_linear
 from model.fp8.quantize import E4M3, TILE, Quantized, scale_shape
-from model.functional import Kernels, swiglu
-from model.precision import CastPrecision, Products, after_swiglu
+from model.functional import Kernels
+from model.precision import CastPrecision, Products
 from model.protocols import WeightGrads
 
 
@@ -80,7 +80,7 @@ class Fp8Precision:
             self._last = None
 
 
-class Fp8Products:
+class Fp8Products(Products):
     """The products of a module whose format is an FP8 one."""
 
     def __init__(self, precision: Fp8Precision, format: LinearFormat) -> None:
@@ -102,7 +102,7 @@ class Fp8Products:
         queue: WeightGrads,
     ) -> Tensor:
         if self.precision.formats["swiglu"] == "bf16":
-            return after_swiglu(self, swiglu(gate_up, gates_R, kernels), weight, counts, queue)
+            return super().swiglu_linear(gate_up, gates_R, weight, counts, kernels, queue)
         return swiglu_linear(gate_up, gates_R, kernels, self._layer(weight, counts, queue))
 
     def copied(self, shape: torch.Size, stored: torch.dtype) -> int:

@@ -38,9 +38,8 @@ from model.fp8.formats import LINEAR_FORMATS, complete
 from model.fp8.precision import Fp8Precision, Fp8Products
 from model.fp8.quantize import TILE
 from model.fp8.reference import ReferenceBackend
-from model.functional import Kernels, swiglu
 from model.grads import grad_of
-from model.precision import CastPrecision, Products, after_swiglu
+from model.precision import CastPrecision, Products
 from model.protocols import WeightGrads
 
 ALIGN = 16
@@ -117,7 +116,7 @@ class TransformerEnginePrecision:
 
 
 @dataclass(frozen=True)
-class TransformerEngineProducts:
+class TransformerEngineProducts(Products):
     """The products of a module whose format is an FP8 one."""
 
     precision: TransformerEnginePrecision
@@ -128,17 +127,6 @@ class TransformerEngineProducts:
 
     def grouped_linear(self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads) -> Tensor:
         return self._run(x_RI, weight_EOI, counts, queue)
-
-    def swiglu_linear(
-        self,
-        gate_up: Tensor,
-        gates_R: Tensor | None,
-        weight: nn.Parameter,
-        counts: list[int] | None,
-        kernels: Kernels,
-        queue: WeightGrads,
-    ) -> Tensor:
-        return after_swiglu(self, swiglu(gate_up, gates_R, kernels), weight, counts, queue)
 
     def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
         return copied(shape)
