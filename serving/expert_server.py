@@ -40,11 +40,13 @@ class ExpertServerOptions(ServerOptions):
     policy: str = "global"  # global | hierarchical (groups of experts stay within a node, as suits prefill)
     ranks_per_node: int = 8  # for the hierarchical policy
     active: int = 0  # most experts of a rank that are used for a layer of a step; 0 = all that it holds
+    overlap: bool = False  # compute large steps as two micro-batches in turns
+    overlap_rows: int = 64  # a step is large when one rank has at least so many tokens in it
     timeout: int = 300  # seconds after which a silent rank counts as gone
 
     def experts(self) -> ExpertSettings:
         return ExpertSettings(self.redundant, self.placement_every, self.policy, self.ranks_per_node,
-                              active=self.active)  # fmt: skip
+                              active=self.active, overlap_rows=self.overlap_rows if self.overlap else 0)  # fmt: skip
 
 
 def serve(options: ExpertServerOptions, rank: int, world: int) -> int:
@@ -94,6 +96,10 @@ def check(options: ExpertServerOptions, world: int) -> tuple[FoundModel, Limits,
         raise ValueError(f"cache_tokens={options.cache_tokens} does not hold a page of page_size={options.page_size}")
     if options.max_length < 0 or options.timeout < 1:
         raise ValueError(f"max_length={options.max_length} must not be negative, timeout={options.timeout} at least 1")
+    if options.overlap_rows < 1:
+        raise ValueError(f"overlap_rows={options.overlap_rows} must be at least 1")
+    if options.overlap and world == 1:
+        raise ValueError("overlap=true needs two ranks or more: with one, no tokens travel")
     found = find_model(Path(options.checkpoint), options.ema)
     if not found.config.num_moe_layers:
         raise ValueError(f"{options.checkpoint} has no routed experts to share; use serving.server")

@@ -58,7 +58,7 @@ def test_two_ranks_answer_like_one_engine_while_experts_move(checkpoint: tuple[P
     folder, model = checkpoint
     port = two_free_ports()
     words = [f"checkpoint={folder}", f"port={port}", "precision=fp64", "threads=1", "drafts=true", "redundant=4",
-             "placement_every=6"]  # fmt: skip
+             "placement_every=6", "overlap=true", "overlap_rows=2"]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [*torchrun, "-m", "serving.expert_server", *words]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
@@ -110,6 +110,7 @@ def expected(model: ModelStage, prompt: str, count: int) -> str:
         ({"policy": "best"}, "policy='best' is unknown; choose one of global, hierarchical"),
         ({"active": 3}, "active=3 experts on each of 2 ranks are fewer than the 8 experts; need at least 4"),
         ({"timeout": 0}, "timeout=0"),
+        ({"overlap_rows": 0}, "overlap_rows=0"),
         ({"ranks_per_node": 0}, "ranks_per_node=0"),
     ],
 )
