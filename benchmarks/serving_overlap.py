@@ -6,8 +6,8 @@ Needs root: each rank is in a network namespace of its own, behind a link limite
 EP 2, one thread per rank, real compute, FP32. A step of prefill reads 16 prompts of 128 tokens on each rank, a step of
 decode makes one token of each of 64 sequences.
 
-    compute          time of a step in one micro-batch on an unlimited link
-    communication    bytes that left a rank in a step ÷ the rate of the link, chosen so that this is `ratio` × compute
+    compute          time of a step in one micro-batch on an unlimited link, the shorter of before and after
+    communication    bytes that left a rank in a step ÷ the rate of the link, set for about `ratios` times compute
     ideal            max(compute, communication)
     hidden           (off − on) / (off − ideal): what overlap saved of what it could save
 """
@@ -45,8 +45,8 @@ from serving.sequence import Request
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, PROMPT, SEQUENCES, SHORT = 16, 128, 64, 16
-STEPS = {"prefill": 3, "decode": 12}  # of a round
-ROUNDS = 3
+STEPS = {"prefill": 3, "decode": 16}  # of a round
+ROUNDS = 2
 TOKENS = {"prefill": PROMPTS * PROMPT, "decode": SEQUENCES}  # of a rank and step
 
 
@@ -136,11 +136,11 @@ def measured(network: SlowNetwork, model: str, kinds: Sequence[str]) -> dict[str
     return {key: statistics.median(values) for key, values in flat.items()}
 
 
-def rows_of(kind: str, ratio: float, megabits: float, free: dict[str, float], slow: dict[str, float]) -> list[Row]:
+def rows_of(kind: str, megabits: float, free: dict[str, float], slow: dict[str, float]) -> list[Row]:
     compute, off, on = free[f"{kind} off"], slow[f"{kind} off"], slow[f"{kind} on"]
     communication = slow[f"{kind} on bytes"] * 8 / (megabits * 1e6)
     ideal, tokens = max(compute, communication), 2 * TOKENS[kind]
-    case = f"{kind}, ratio {ratio:g} (link {megabits:.0f} Mbit/s)"
+    case = f"{kind}, ratio {communication / compute:.2f} (link {megabits:.0f} Mbit/s)"
     return [
         Row(case, "tokens/s, overlap on", tokens / on, "overlap off", tokens / off),
         Row(case, "s per step, overlap on", on, "max(compute, communication)", ideal),
@@ -158,18 +158,21 @@ def main() -> None:
     if options.worker:
         work(options.model, options.worker)
         return
-    rows = []
+    rows, slow = [], []
     with SlowNetwork(2, 0) as network:
-        free = measured(network, options.model, list(TOKENS))
-        for kind in TOKENS:
-            tokens = 2 * TOKENS[kind]
-            case = f"{kind}, unlimited link"
-            rows.append(Row(case, "tokens/s, overlap on", tokens / free[f"{kind} on"], "overlap off",
-                            tokens / free[f"{kind} off"]))  # fmt: skip
+        before = measured(network, options.model, list(TOKENS))
         for ratio in (float(word) for word in options.ratios.split(",")):
             for kind in TOKENS:
-                network.set_rate(free[f"{kind} off bytes"] * 8 / 1e6 / (free[f"{kind} off"] * ratio))
-                rows += rows_of(kind, ratio, network.megabits, free, measured(network, options.model, [kind]))
+                network.set_rate(before[f"{kind} off bytes"] * 8 / 1e6 / (before[f"{kind} off"] * ratio))
+                slow.append((kind, network.megabits, measured(network, options.model, [kind])))
+        network.set_rate(0)
+        after = measured(network, options.model, list(TOKENS))
+    free = {key: min(value, after[key]) for key, value in before.items()}  # the stricter of two
+    for kind in TOKENS:
+        on, off = (2 * TOKENS[kind] / free[f"{kind} {name}"] for name in ("on", "off"))
+        rows.append(Row(f"{kind}, unlimited link", "tokens/s, overlap on", on, "overlap off", off))
+    for kind, megabits, results in slow:
+        rows += rows_of(kind, megabits, free, results)
     publish("serving_overlap", rows)
 
 

@@ -30,7 +30,7 @@ class ClusterOptions(ServerOptions):
     placement_every: int = 0  # steps of a group from one placement by loads to the next; 0 = never
     ranks_per_node: int = 8  # in prefill, groups of experts stay within a node
     overlap: bool = False  # processes that share experts compute large steps as two micro-batches in turns
-    overlap_rows: int = 64  # a step is large when one process of the group has at least so many tokens in it
+    overlap_rows: int = 256  # a step is large when one process of the group has at least so many tokens in it
     prefill_sequences: int = 4  # prompts at once in a prefill process, read or waiting to leave; more wait at the front
     prefill_batch_tokens: int = 512  # per step
     prefill_cache_tokens: int = 16384

@@ -41,7 +41,7 @@ class ExpertServerOptions(ServerOptions):
     ranks_per_node: int = 8  # for the hierarchical policy
     active: int = 0  # most experts of a rank that are used for a layer of a step; 0 = all that it holds
     overlap: bool = False  # compute large steps as two micro-batches in turns
-    overlap_rows: int = 64  # a step is large when one rank has at least so many tokens in it
+    overlap_rows: int = 256  # a step is large when one rank has at least so many tokens in it
     timeout: int = 300  # seconds after which a silent rank counts as gone
 
     def experts(self) -> ExpertSettings:
