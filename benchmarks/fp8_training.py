@@ -54,7 +54,7 @@ VARIANTS = {
     "split": "precision=bf16",
 }
 COLORS = {"bf16": "black", "fp8": "tab:red", "blocks": "tab:blue", "fp32": "tab:green", "split": "tab:gray"}
-SEEDS = ("0", "1", "2", "3")
+SEEDS = ("0", "1", "2", "3", "4", "5")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = [m for m in MODELS if not m.endswith("_same") and Losses.read(m, "bf16", "0") is not None]
+    models = [m for m in MODELS if not m.endswith("_same") and any(Losses.read(m, "bf16", s) for s in SEEDS)]
     figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 5.5), sharex=True, squeeze=False)
     ends = range(WINDOW, STEPS + 1, 10)
     for column, model in enumerate(models):
@@ -135,7 +135,7 @@ def draw(path: Path) -> None:
             ours, bf16 = Losses.read(model, variant, seed), Losses.read(model, "bf16", seed)
             if ours is None or bf16 is None:
                 continue
-            label = variant if seed == "0" else None
+            label = None if variant in above.get_legend_handles_labels()[1] else variant
             above.plot(ends, [ours.smoothed(e) for e in ends], color=color, label=label, linewidth=1)
             if variant != "bf16":
                 percent = [100 * (ours.smoothed(e) / bf16.smoothed(e) - 1) for e in ends]
