@@ -72,16 +72,18 @@ class Cluster:
             port = free.getsockname()[1]
         words = [f"checkpoint={checkpoint}", f"port={port}", "name=bench", "threads=1", *keys.split()]
         self.url = f"http://127.0.0.1:{port}"
+        self._errors = checkpoint.parent / f"{port}.log"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "serving.cluster", *words],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+            stderr=self._errors.open("w"), text=True,
         )  # fmt: skip
 
     def wait(self) -> None:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if "serving bench" not in line:
-            raise RuntimeError(f"the cluster did not start: {line!r}")
+            raise RuntimeError(f"the cluster did not start: {line!r}\n{self._errors.read_text()}")
 
     def stop(self) -> None:
         self._process.terminate()
