@@ -49,6 +49,7 @@ def run(role: Role, channel: Channel, shared: SharedExperts | None) -> None:
         if shared is not None and not shared.there:
             idle = True
             continue
+        role.before_step()
         before = steps_of(role.engine)
         events = role.engine.step() if shared is None else shared.step(role.engine)
         if shared is not None and not shared.there:
@@ -146,13 +147,15 @@ def serve(options: EngineOptions) -> None:
     host, port, key = store.get(FRONT).decode().split()
     hello: dict[str, Any] = {"side": options.side, "index": options.index, "pid": os.getpid()}
     channel = Channel(host, int(port), key, hello)
+    role = make_role(engine, options, store, channel)
+    channel.divert = role.at_once
     shared = None
     if engine.experts is not None:
         shared = SharedExperts(engine.experts, store, options.backend, options.timeout)
     else:
         channel.send({"kind": "ready"})
     with torch.inference_mode():
-        run(make_role(engine, options, store, channel), channel, shared)
+        run(role, channel, shared)
 
 
 def end_with_supervisor() -> None:

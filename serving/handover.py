@@ -65,9 +65,19 @@ def send_cache(pair: Pair, number: int, cache: LatentCache, slots_T: Tensor) -> 
         pair.send(cache.take(slots_N))
 
 
-def receive_cache(pair: Pair, number: int, cache: LatentCache, slots_T: Tensor) -> None:
-    """Receive hand-over `number` into these slots. Raises HandoverError if another one comes."""
+def send_nothing(pair: Pair, number: int) -> None:
+    """Say that hand-over `number` will not take place, to whoever waits for it."""
+    pair.send(torch.tensor([number, 0], dtype=torch.int64))
+
+
+def receive_cache(pair: Pair, number: int, cache: LatentCache, slots_T: Tensor) -> bool:
+    """Receive hand-over `number` into these slots; False if it does not take place.
+
+    Raises HandoverError if another one comes.
+    """
     arrived = pair.receive((2,), torch.int64).tolist()
+    if arrived == [number, 0]:
+        return False
     if arrived != [number, len(slots_T)]:
         raise HandoverError(f"hand-over {number} of {len(slots_T)} tokens was to come, but {arrived} came")
     layers, _, width = cache.latents.shape
@@ -75,6 +85,7 @@ def receive_cache(pair: Pair, number: int, cache: LatentCache, slots_T: Tensor) 
         cache.put(slots_N, pair.receive((layers, len(slots_N), width), cache.latents.dtype))
     if cache.latents.device.type == "cuda":
         torch.cuda.current_stream(cache.latents.device).synchronize()
+    return True
 
 
 class LinkEnd(threading.Thread):

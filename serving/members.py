@@ -115,6 +115,10 @@ class Wiring:
                  if link.reader is reader and link.writer is writer and len(link.ready) == 2)  # fmt: skip
         return next(found, None)
 
+    def reader(self, name: str) -> Member | None:
+        """The prefill process of a link; None if there is no such link any more."""
+        return self._links[name].reader if name in self._links else None
+
     def cut(self, name: str) -> Link | None:
         """Forget a link and tell both ends. Returns it; None if it was forgotten already."""
         link = self._links.pop(name, None)

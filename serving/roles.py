@@ -7,14 +7,18 @@ own (handover.py), which report to the same inbox as the front does.
     connect   link, rank                               linked     link
     unlink    link                                     broken     link, reason
     add       request                      (1)         step       events, room
-    send      id, number, link             (1)         arrived    id
-    offer     request, made, number, link  (2)         refused    id, reason
-    cancel    id
+    send      id, number, link             (1)         accepted   id, number, link
+    offer     request, made, number, link  (2)         arrived    id
+    cancel    id                                       refused    id, reason
     (1) where prompts are read, (2) where they are not
+
+An offer that is accepted has its pages. Each is followed by one `send`, which has a cache travel, or word that there is
+none any more. It does not wait for the step in which the prefill process may be: its sequence has left the engine.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ from typing import Protocol
 
 from serving.admission import Busy
 from serving.engine import Engine
-from serving.handover import LinkEnd, Pair, receive_cache, send_cache
+from serving.handover import LinkEnd, Pair, receive_cache, send_cache, send_nothing
 from serving.sequence import Sequence
 from serving.sides import DecodeEngine, PrefillEngine
 from serving.wire import Message, decode_request
@@ -33,7 +37,11 @@ Connect = Callable[[str, int], Pair]  # name of the link, rank in it
 
 
 class Role(Protocol):
-    """room: what the front must know of free places, sent whenever it changes."""
+    """room: what the front must know of free places, sent whenever it changes.
+
+    before_step   called in the thread that computes
+    at_once       called in another thread, with every message of the front; True: `obey` need not see it
+    """
 
     @property
     def engine(self) -> Engine: ...
@@ -43,16 +51,30 @@ class Role(Protocol):
 
     def obey(self, message: Message) -> None: ...
 
+    def before_step(self) -> None: ...
 
-class Whole:
-    """Both halves in one process: requests come, tokens go."""
+    def at_once(self, message: Message) -> bool: ...
 
-    def __init__(self, engine: Engine, say: Say) -> None:
-        self.engine, self._say = engine, say
+
+class BaseRole:
+    """Nothing to say, and nothing to do besides `obey`."""
 
     @property
     def room(self) -> Message:
         return {}
+
+    def before_step(self) -> None:
+        pass
+
+    def at_once(self, message: Message) -> bool:
+        return False
+
+
+class Whole(BaseRole):
+    """Both halves in one process: requests come, tokens go."""
+
+    def __init__(self, engine: Engine, say: Say) -> None:
+        self.engine, self._say = engine, say
 
     def obey(self, message: Message) -> None:
         if message["kind"] == "add":
@@ -100,16 +122,13 @@ class Leaving:
     cancelled: bool = False
 
 
-class Prefill:
+class Prefill(BaseRole):
     """Reads prompts; sends their caches away when the front says where to."""
 
     def __init__(self, engine: PrefillEngine, say: Say, links: Links, report: Say) -> None:
         self.engine, self._say, self._links, self._report = engine, say, links, report
         self._leaving: dict[int, Leaving] = {}
-
-    @property
-    def room(self) -> Message:
-        return {}
+        self._lock = threading.Lock()  # for _leaving
 
     def obey(self, message: Message) -> None:
         kind = message["kind"]
@@ -117,36 +136,43 @@ class Prefill:
             add(self.engine, message, self._say)
         elif kind == "cancel":
             self.engine.cancel(message["id"])
-        elif kind == "send":
-            self._send(message["id"], message["number"], message["link"])
         elif kind == "sent":
             self._release(message["number"])
         elif kind == "ended":
-            for number in [n for n, leaving in self._leaving.items() if leaving.link == message["link"]]:
+            with self._lock:
+                lost = [n for n, leaving in self._leaving.items() if leaving.link == message["link"]]
+            for number in lost:
                 self._release(number)
         obey_links(message, self._links, self._say)
 
-    def _send(self, id: str, number: int, link: str) -> None:
-        sequence = self.engine.leave(id)
+    def at_once(self, message: Message) -> bool:
+        """A parked sequence is nothing to the engine, so it can leave while the engine computes."""
+        if message["kind"] != "send":
+            return False
+        number, link, sequence = message["number"], message["link"], self.engine.leave(message["id"])
         if sequence is None:
-            return
+            self._links.do(link, lambda pair: send_nothing(pair, number))
+            return True
         cache, slots = self.engine.decoder.cache, sequence.slots[: sequence.cached]
 
         def job(pair: Pair) -> None:
             send_cache(pair, number, cache, slots)
             self._report({"kind": "sent", "number": number})
 
-        self._leaving[number] = Leaving(link, sequence)
+        with self._lock:
+            self._leaving[number] = Leaving(link, sequence)
         if not self._links.do(link, job):
-            self._release(number)
+            self._report({"kind": "sent", "number": number})
+        return True
 
     def _release(self, number: int) -> None:
-        leaving = self._leaving.pop(number, None)
+        with self._lock:
+            leaving = self._leaving.pop(number, None)
         if leaving is not None:
             self.engine.release(leaving.sequence)
 
 
-class Decode:
+class Decode(BaseRole):
     """Takes in what was read elsewhere, in the order of the offers, and makes the other tokens."""
 
     def __init__(self, engine: DecodeEngine, say: Say, links: Links, report: Say) -> None:
@@ -174,50 +200,47 @@ class Decode:
         elif kind == "cancel":
             self._cancel(message["id"])
         elif kind == "came":
-            self._came(message["number"])
+            self._came(message["number"], message["whole"])
         elif kind == "ended":
-            self._offers = deque(o for o in self._offers if o["link"] != message["link"])
             for number in [n for n, c in self._coming.items() if c.link == message["link"]]:
                 self.engine.release(self._coming.pop(number).sequence)
         obey_links(message, self._links, self._say)
-        self.accept()
 
-    def accept(self) -> None:
+    def before_step(self) -> None:
         """Take in offers while there is room; their caches travel from now on."""
         while self._offers:
             offer = self._offers[0]
-            request, number, link = decode_request(offer["request"]), offer["number"], offer["link"]
-            sequence = self.engine.reserve(request, offer["made"])
+            sequence = self.engine.reserve(decode_request(offer["request"]), offer["made"])
             if sequence is None:
                 return
             self._offers.popleft()
-            self._coming[number] = Leaving(link, sequence, bool(offer.get("cancelled")))
-            self._receive(link, number, sequence)
+            self._receive(offer["link"], offer["number"], sequence)
 
     def _receive(self, link: str, number: int, sequence: Sequence) -> None:
-        cache, slots = self.engine.decoder.cache, sequence.slots[: sequence.cached]
+        cache, slots, id = self.engine.decoder.cache, sequence.slots[: sequence.cached], sequence.request.id
 
         def job(pair: Pair) -> None:
-            receive_cache(pair, number, cache, slots)
-            self._report({"kind": "came", "number": number})
+            whole = receive_cache(pair, number, cache, slots)
+            self._report({"kind": "came", "number": number, "whole": whole})
 
-        if not self._links.do(link, job):
-            self.engine.release(self._coming.pop(number).sequence)
+        if self._links.do(link, job):
+            self._coming[number] = Leaving(link, sequence)
+            self._say({"kind": "accepted", "id": id, "number": number, "link": link})
+        else:
+            self.engine.release(sequence)
 
-    def _came(self, number: int) -> None:
+    def _came(self, number: int, whole: bool) -> None:
         coming = self._coming.pop(number)
-        if coming.cancelled:
+        if coming.cancelled or not whole:
             self.engine.release(coming.sequence)
             return
         self.engine.adopt(coming.sequence)
         self._say({"kind": "arrived", "id": coming.sequence.request.id})
 
     def _cancel(self, id: str) -> None:
-        """What is on its way must still arrive: the link knows nothing of requests."""
+        """What was accepted must still arrive: the link knows nothing of requests."""
         self.engine.cancel(id)
-        for offer in self._offers:
-            if offer["request"]["id"] == id:
-                offer["cancelled"] = True
+        self._offers = deque(offer for offer in self._offers if offer["request"]["id"] != id)
         for coming in self._coming.values():
             coming.cancelled |= coming.sequence.request.id == id
 

@@ -138,6 +138,10 @@ class Router:
             self._ready(member)
         elif kind == "apart":
             self._apart(member, message["group"])
+        elif kind == "accepted":
+            reader = self._wiring.reader(message["link"])
+            if reader is not None:  # even for a request that nobody wants any more: somebody waits for its cache
+                reader.peer.send({**message, "kind": "send"})
         elif kind == "arrived":
             self._arrived(message["id"])
         elif kind == "refused":
@@ -216,10 +220,9 @@ class Router:
         job.writer, job.number = writer, self._numbers
         writer.jobs[job.request.id] = job
         writer.room.offer(job.number, pages)
-        common = {"number": job.number, "link": linked[writer]}
         request = wire.encode_request(job.request)
-        writer.peer.send({"kind": "offer", "request": request, "made": job.made, **common})
-        job.reader.peer.send({"kind": "send", "id": job.request.id, **common})
+        writer.peer.send({"kind": "offer", "request": request, "made": job.made, "number": job.number,
+                          "link": linked[writer]})  # fmt: skip
         return True
 
     def _ready(self, member: Member) -> None:

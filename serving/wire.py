@@ -13,6 +13,7 @@ import queue
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -39,11 +40,15 @@ def decode_request(message: Message) -> Request:
 
 
 class Channel:
-    """An engine's end: `send` from any thread, `inbox` gets what the front says, and GONE at the end."""
+    """An engine's end: `send` from any thread, `inbox` gets what the front says, and GONE at the end.
+
+    divert   asked about every message in the thread that reads; True: it is dealt with, and does not go to the inbox
+    """
 
     def __init__(self, host: str, port: int, key: str, hello: Message) -> None:
         """Connects and proves. hello: who this is. Raises OSError or NotTrusted."""
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.divert: Callable[[Message], bool] = lambda message: False
         self._socket = socket.create_connection((host, port), timeout=_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._socket.makefile("rb")
@@ -70,10 +75,12 @@ class Channel:
     def _receive(self) -> None:
         try:
             while (message := self._read()) is not None:
-                self.inbox.put(message)
+                if not self.divert(message):
+                    self.inbox.put(message)
         except (OSError, ValueError):
             pass
-        self.inbox.put(GONE)
+        finally:
+            self.inbox.put(GONE)
 
 
 class Peer:

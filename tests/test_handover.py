@@ -13,7 +13,7 @@ from model.sampling import Sampling
 from serving.admission import Refused
 from serving.drafts import propose
 from serving.engine import CacheSize, Engine, run_alone
-from serving.handover import HandoverError, LinkEnd, Pair, receive_cache, send_cache
+from serving.handover import HandoverError, LinkEnd, Pair, receive_cache, send_cache, send_nothing
 from serving.scheduler import Limits
 from serving.sequence import Request, Sequence
 from serving.sides import DecodeEngine, PrefillEngine
@@ -108,20 +108,25 @@ def test_tokens_of_two_processes_are_those_of_one_engine_and_the_cache_arrives_b
 
 
 def wrong_order(rank: int, world: int) -> str:
-    """Hand-over 3 where 2 is expected; then the other end goes away."""
+    """Hand-over 1 is called off, 3 comes where 2 is expected; then the other end goes away."""
     ended: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     connected: queue.SimpleQueue[bool] = queue.SimpleQueue()
     end = LinkEnd(partial(make_pair, rank, "order"), lambda: connected.put(True), ended.put)
     end.start()
     cache = model_cache()
     slots = torch.arange(5)
+    came: list[bool] = []
     if rank == 0:
+        end.do(lambda pair: send_nothing(pair, 1))
         end.do(lambda pair: send_cache(pair, 3, cache, slots))
         end.close()
     else:
-        end.do(lambda pair: receive_cache(pair, 2, cache, slots))
+        end.do(lambda pair: came.append(receive_cache(pair, 1, cache, slots)))
+        end.do(lambda pair: came.append(receive_cache(pair, 2, cache, slots)))
     assert connected.get(timeout=30)
-    return str(ended.get(timeout=30))
+    reason = str(ended.get(timeout=30))
+    assert rank == 0 or came == [False], "the first one was called off, the second has failed"
+    return reason
 
 
 def model_cache():

@@ -101,9 +101,12 @@ def test_a_request_goes_to_whoever_has_room_and_waits_where_nobody_has() -> None
         assert front.complete
         front.room(front.decode[1], 0, 3, 2)
         await read_prompts(front, "a")
-        sent = front.prefill[0].take("send")[0]
-        assert (sent["id"], sent["number"]) == ("a", 1)
+        (offer,) = front.decode[0].said
         assert offers(front) == [["a"], []], "to the one with more free pages"
+        accepted = {"id": "a", "number": offer["number"], "link": offer["link"]}
+        assert not front.prefill[0].take("send")
+        front.say(front.decode[0], "accepted", **accepted)
+        assert front.prefill[0].take("send") == [{"kind": "send", **accepted}]
         await read_prompts(front, "b")
         assert offers(front) == [["b"], []]
         front.ask("c")
@@ -184,7 +187,7 @@ def test_a_broken_link_fails_what_was_on_it_and_is_made_again() -> None:
         front.made(front.prefill[0], "a", [66])
         front.say(front.decode[0], "arrived", id="a")
         front.made(front.prefill[0], "b", [66])
-        link = front.prefill[0].take("send")[0]["link"]
+        link = front.decode[0].take("offer")[0]["link"]
         for peer in (front.decode[0], front.prefill[0]):
             front.say(peer, "broken", link=link, reason="x")
         front.made(front.decode[0], "a", [66], "length")
