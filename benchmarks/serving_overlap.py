@@ -4,7 +4,7 @@
 
 Needs root: each rank is in a network namespace of its own, behind a link limited by `tc … tbf` (`slow_network.py`).
 EP 2, one thread per rank, real compute, FP32. A step of prefill reads 16 prompts of 128 tokens on each rank, a step of
-decode makes one token of each of 64 or 512 sequences.
+decode makes one token of each of 64 sequences.
 
     compute          time of a step in one micro-batch on an unlimited link, the shorter of before and after
     communication    bytes that left a rank in a step ÷ the rate of the link, set for about `ratios` times compute
@@ -44,10 +44,10 @@ from serving.scheduler import Limits
 from serving.sequence import Request
 
 ROOT = Path(__file__).parent.parent
-PROMPTS, PROMPT, SHORT = 16, 128, 16
-STEPS = {"prefill": 3, "decode of 64": 16, "decode of 512": 4}  # of a round
+PROMPTS, PROMPT, SEQUENCES, SHORT = 16, 128, 64, 16
+STEPS = {"prefill": 3, "decode": 16}  # of a round
 ROUNDS = 2
-TOKENS = {"prefill": PROMPTS * PROMPT, "decode of 64": 64, "decode of 512": 512}  # of a rank and step
+TOKENS = {"prefill": PROMPTS * PROMPT, "decode": SEQUENCES}  # of a rank and step
 
 
 class Worker:
@@ -86,10 +86,10 @@ class Worker:
 
         return step
 
-    def decode(self, kind: str) -> Callable[[], float]:
-        sequences, steps = TOKENS[kind], 2 + 2 * (ROUNDS + 1) * STEPS[kind]
-        engine = self.engine(sequences, SHORT + steps, sequences * SHORT)
-        self.add(engine, sequences, SHORT, steps)
+    def decode(self) -> Callable[[], float]:
+        steps = 2 + 2 * (ROUNDS + 1) * STEPS["decode"]
+        engine = self.engine(SEQUENCES, SHORT + steps, SEQUENCES * SHORT)
+        self.add(engine, SEQUENCES, SHORT, steps)
         engine.step()
         return lambda: timed(engine)
 
@@ -98,7 +98,8 @@ class Worker:
         """Seconds per step of each kind, off and on, round by round, and the bytes that a step sends."""
         found: dict[str, Any] = {}
         for kind in kinds:
-            step = self.prefill() if kind == "prefill" else self.decode(kind)
+            make = self.prefill if kind == "prefill" else self.decode
+            step = make()
             times: dict[str, list[float]] = {"off": [], "on": []}
             for at in range(ROUNDS + 1):
                 for name, least in (("off", 0), ("on", 1)):
