@@ -33,6 +33,7 @@ from benchmarks.slow_network import NetworkError, SlowNetwork
 
 ROOT = Path(__file__).parent.parent
 RATIOS = (0.5, 1.0, 2.0)
+STEP_MICRO_BATCHES = (12, 20)
 SHAPE = Shape()
 ROW_BYTES = SHAPE.hidden * 4 + SHAPE.chosen * 8  # a token with its gates and experts
 PAIR_BYTES = SHAPE.tokens * (4 * SHAPE.layers * ROW_BYTES + 2 * SHAPE.hidden * 4)  # 4 all-to-alls a layer, 2 messages
@@ -85,15 +86,17 @@ def measure_peer() -> list[Row]:
 
 
 def measure_step() -> list[Row]:
-    with SlowNetwork(4, 0) as network:
-        free = run(network, "step", micro_batches=12, repeats=1)
-        network.set_rate(median(free, "off bytes") * 8 / 1e6 / median(free, "off"))
-        slow = run(network, "step", micro_batches=12, repeats=1)
-        case = f"training step, real compute, ratio 1 (link {network.megabits:.0f} Mbit/s)"
-    return [
-        Row(case, "s, overlap on", median(slow, "on"), "overlap off", median(slow, "off")),
-        Row(case, "s, overlap on", median(slow, "on"), "overlap off, unlimited link", median(free, "off")),
-    ]
+    """With few and with more micro-batches: the first and last chunks of a step have no partner to hide behind."""
+    rows = []
+    for count in STEP_MICRO_BATCHES:
+        with SlowNetwork(4, 0) as network:
+            free = run(network, "step", micro_batches=count, repeats=2)
+            network.set_rate(median(free, "off bytes") * 8 / 1e6 / median(free, "off"))
+            slow = run(network, "step", micro_batches=count, repeats=2)
+            case = f"training step of {count} micro-batches, real compute, ratio 1 (link {network.megabits:.0f} Mbit/s)"
+        rows.append(Row(case, "s, overlap on", median(slow, "on"), "overlap off", median(slow, "off")))
+        rows.append(Row(case, "s, overlap on", median(slow, "on"), "overlap off, unlimited link", median(free, "off")))
+    return rows
 
 
 def measure_bytes() -> list[Row]:
