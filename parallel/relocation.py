@@ -1,10 +1,10 @@
 """From one expert placement to another with few moves of weights.
 
 Ranks of a node are interchangeable, and so are nodes: which of the new plan's sets of experts goes to which rank is an
-assignment problem (a set may stay where most of its experts already are), solved exactly. Two mends follow, neither
+assignment problem (a set goes where fewest of its experts are missing), solved exactly. Two mends follow, neither
 of which lets the heaviest rank become heavier than in the new plan:
 
-- swap experts between ranks of a node as long as that brings more of them back to where they are;
+- swap experts between ranks of a node as long as that saves moves;
 - instead of the new plan, mend the present one with swaps until it balances as well; the cheaper of the two is taken.
 """
 
@@ -73,13 +73,13 @@ def _present(plan: Plan) -> np.ndarray:
 
 
 def _relabel(previous: Plan, wanted: Plan, nodes: int) -> Plan:
-    """The wanted plan with its nodes, and the ranks within each, exchanged so that most experts stay."""
+    """The wanted plan with its nodes, and the ranks within each, exchanged so that fewest experts travel."""
     local = len(wanted.ranks) // nodes
-    stay = _present(previous) @ _present(wanted).T  # [old rank, new rank]: experts that would stay
-    blocks = stay.reshape(nodes, local, nodes, local).transpose(0, 2, 1, 3)
-    inner = [[linear_sum_assignment(blocks[old, new], maximize=True) for new in range(nodes)] for old in range(nodes)]
-    kept = np.array([[blocks[o, n][inner[o][n]].sum() for n in range(nodes)] for o in range(nodes)])
-    _, new_of_old = linear_sum_assignment(kept, maximize=True)
+    travel = (1 - _present(previous)) @ _present(wanted).T  # [old rank, new rank]: experts that would have to come
+    blocks = travel.reshape(nodes, local, nodes, local).transpose(0, 2, 1, 3)
+    inner = [[linear_sum_assignment(blocks[old, new]) for new in range(nodes)] for old in range(nodes)]
+    total = np.array([[blocks[o, n][inner[o][n]].sum() for n in range(nodes)] for o in range(nodes)])
+    _, new_of_old = linear_sum_assignment(total)
     ranks: list[tuple[int, ...]] = []
     for old, new in enumerate(new_of_old):
         ranks += [wanted.ranks[new * local + rank] for rank in inner[old][new][1]]
@@ -103,7 +103,7 @@ def _mend(previous: Plan, loads: Loads, nodes: int, limit: float) -> Plan | None
 
 
 def _settle(previous: Plan, plan: Plan, loads: Loads, nodes: int, limit: float) -> Plan:
-    """Swap experts within nodes as long as more of them stay where they are and no rank exceeds the limit."""
+    """Swap experts within nodes as long as fewer of them have to travel and no rank exceeds the limit."""
     per_copy = np.asarray(loads, dtype=np.float64) / plan.copies()
     before = [set(rank) for rank in previous.ranks]
     now = [list(rank) for rank in plan.ranks]
@@ -128,9 +128,8 @@ def _best_swap(
     per_copy: np.ndarray,
     limit: float,
 ) -> tuple[int, int] | None:
-    """The experts (of here, of there) whose exchange lets most more experts stay; None if none helps and fits."""
-    kept = len(was_here.intersection(here)) + len(was_there.intersection(there))
-    best, best_kept = None, kept
+    """The experts (of here, of there) whose exchange saves most moves; None if none helps and fits."""
+    best, fewest = None, len(set(here) - was_here) + len(set(there) - was_there)
     load_here, load_there = float(per_copy[list(here)].sum()), float(per_copy[list(there)].sum())
     strangers_here = [e for e in set(here) if e not in was_here or here.count(e) > 1]
     strangers_there = [e for e in set(there) if e not in was_there or there.count(e) > 1]
@@ -145,7 +144,7 @@ def _best_swap(
             continue
         after_here, after_there = list(here), list(there)
         after_here[after_here.index(x)], after_there[after_there.index(y)] = y, x
-        now = len(was_here.intersection(after_here)) + len(was_there.intersection(after_there))
-        if now > best_kept:
-            best, best_kept = (x, y), now
+        now = len(set(after_here) - was_here) + len(set(after_there) - was_there)
+        if now < fewest:
+            best, fewest = (x, y), now
     return best

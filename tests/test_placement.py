@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
@@ -141,6 +141,7 @@ def check_moves(previous: Plan, plan: Plan) -> int:
 
 @settings(deadline=None, max_examples=60)
 @given(problems(), st.integers(0, 1000), st.floats(0, 2), st.sampled_from([0.0, 0.05]))
+@example((np.array([1, 2, 1, 1]), 8, 2, 1, 4), 902, 1.5, 0.05)  # two copies on a rank: more kept was more moved
 def test_the_closest_plan_is_as_balanced_and_no_farther(
     problem: tuple[np.ndarray, int, int, int, int], seed: int, drift: float, slack: float
 ) -> None:
