@@ -13,13 +13,10 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from omegaconf import MISSING
-
 from serving.cluster_options import ClusterOptions, check_cluster, place
-from serving.options import parse_options
+from serving.options import parse_options, usage
 from serving.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -97,14 +94,9 @@ def run_rank(options: ClusterOptions, words: list[str], rank: int) -> int:
     return run_front(options, supervisor) if rank == 0 else supervisor.run()
 
 
-def usage() -> str:
-    keys = "\n".join(f"    {f.name}={'' if f.default is MISSING else f.default}" for f in fields(ClusterOptions))
-    return f"{(__doc__ or '').strip()}\n\n{keys}"
-
-
 def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(__doc__, ClusterOptions))
         return 0 if words else 2
     rank = int(os.environ.get("RANK", "0"))
     try:

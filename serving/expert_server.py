@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import MISSING
 
 from parallel.saved import CheckpointError
 from parallel.whole import FoundModel, find_model
@@ -27,7 +26,7 @@ from serving.expert_groups import serving_groups
 from serving.expert_parallel import load_experts
 from serving.expert_plan import ExpertSettings
 from serving.load import resolve_device
-from serving.options import parse_options
+from serving.options import parse_options, usage
 from serving.scheduler import Limits
 from serving.server_options import ServerOptions
 from serving.tokenizers import load_tokenizer
@@ -107,15 +106,9 @@ def check(options: ExpertServerOptions, world: int) -> tuple[FoundModel, Limits,
     return found, limits, CacheSize(options.cache_tokens // options.page_size, options.page_size)
 
 
-def usage() -> str:
-    keys = "\n".join(f"    {f.name}={'' if f.default is MISSING else f.default}"
-                     for f in fields(ExpertServerOptions))  # fmt: skip
-    return f"{(__doc__ or '').strip()}\n\n{keys}"
-
-
 def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(__doc__, ExpertServerOptions))
         return 0 if words else 2
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "0"))
     try:

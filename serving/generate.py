@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from omegaconf import MISSING
@@ -17,7 +17,7 @@ from model.sampling import Sampling
 from parallel.saved import CheckpointError
 from serving.engine import CacheSize, Engine
 from serving.load import ServedModel, load_served
-from serving.options import parse_options
+from serving.options import parse_options, usage
 from serving.sequence import Request
 from serving.text import TextStream
 
@@ -75,15 +75,9 @@ def run(options: GenerateOptions) -> None:
               f"{counters.made} tokens in {counters.steps} steps", file=sys.stderr)  # fmt: skip
 
 
-def usage() -> str:
-    keys = "\n".join(f"    {f.name}={'' if f.default is MISSING else f.default}" for f in fields(GenerateOptions)
-                     if f.name != "stop")  # fmt: skip
-    return f"{(__doc__ or '').strip()}\n\n{keys}\n    stop=[]"
-
-
 def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(__doc__, GenerateOptions))
         return 0 if words else 2
     try:
         run(parse_options(GenerateOptions, words))

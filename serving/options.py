@@ -6,10 +6,11 @@ Text is taken literally, so that `prompt=def f(x):` needs no second layer of quo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 import yaml
+from omegaconf import MISSING as REQUIRED
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,3 +38,12 @@ def parse_options(kind: type[Options], words: Sequence[str]) -> Options:
         raise ValueError(f"{', '.join(f'{name}=…' for name in missing)} must be given")
     result: Any = OmegaConf.to_object(config)
     return result
+
+
+def usage(doc: str | None, kind: type[Any]) -> str:
+    """A module's docstring, and below it the keys of its options with their defaults."""
+    lines = []
+    for f in fields(kind):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        lines.append(f"    {f.name}={'' if default is REQUIRED else default}")
+    return "\n".join([(doc or "").strip(), "", *lines])

@@ -10,15 +10,13 @@ unless host= says otherwise, and asks for a key if there is one (api_key=, or be
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 
 import torch
-from omegaconf import MISSING
 
 from parallel.saved import CheckpointError
 from serving.engine import CacheSize, Engine
 from serving.load import load_served
-from serving.options import parse_options
+from serving.options import parse_options, usage
 from serving.scheduler import Limits
 from serving.server_options import ServerOptions
 
@@ -48,14 +46,9 @@ def serve(options: ServerOptions) -> None:
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=5)
 
 
-def usage() -> str:
-    keys = "\n".join(f"    {f.name}={'' if f.default is MISSING else f.default}" for f in fields(ServerOptions))
-    return f"{(__doc__ or '').strip()}\n\n{keys}"
-
-
 def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(__doc__, ServerOptions))
         return 0 if words else 2
     try:
         serve(parse_options(ServerOptions, words))
