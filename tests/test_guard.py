@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -161,6 +162,25 @@ def test_a_run_goes_back_and_on_with_other_data(tmp_path: Path) -> None:
     assert sorted(rows(tmp_path)) == list(range(1, 9))
     text = (tmp_path / "runs" / "default" / "metrics.jsonl").read_text()
     assert "3 steps in a row were skipped, the last was step 7: the gradient of " in text
+
+
+@pytest.mark.slow
+def test_after_going_back_it_computes_with_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
+    """Step 4 was saved, step 5 is good, 6 and 7 are bad. Then step 5 is that of a run that starts at the checkpoint."""
+    write_text(tmp_path)
+    overrides = "precision=bf16 steps=5 save_every=4 guard.max_skipped=2 guard.rewind=true"
+    one = trainer(tmp_path, overrides.replace("steps=5", "steps=7"), {20, 24})
+    one.fit()
+    one.close()
+    went_back = rows(tmp_path)[5]
+    for later in (6, 7):
+        shutil.rmtree(tmp_path / "runs" / "default" / "checkpoints" / f"step_{later:08d}", ignore_errors=True)
+    other = trainer(tmp_path, overrides, set())
+    assert other.step == 4
+    other.samples = 28
+    other.fit()
+    other.close()
+    assert rows(tmp_path)[5] == went_back
 
 
 @pytest.mark.slow

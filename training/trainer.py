@@ -356,6 +356,7 @@ class Trainer:
         candidates = [p for p in list_checkpoints(newest.parent) if step_of(p) <= step_of(newest)]
         averages = list(self.average.fragments()) if self.average is not None else []
         _, state = checkpoint.load_newest(candidates, self.replica.stages, self.update, self.mesh, averages)
+        self.replica.precision.refresh()
         if self.average is not None and not has_average(state):
             self.average.reset()
         self.step, self.samples, self.tokens = state.step, state.samples, state.tokens
