@@ -54,7 +54,9 @@ class EngineState:
 
 
 class Backend(Protocol):
-    """failed: why nothing can be computed now, None while all is well. max_length: tokens of prompt and answer."""
+    """failed: why nothing can be computed now, None while all is well. max_length: tokens of prompt and answer
+    that the model serves and the cache holds.
+    """
 
     listeners: Listeners
 

@@ -121,6 +121,7 @@ class Engine:
         sequence = self._sequences.pop(id, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
+            self._events = [event for event in self._events if event.id != id]
 
     def step(self) -> list[Event]:
         """Compute one step; what came of it, at most one event per request.
@@ -200,11 +201,6 @@ class Engine:
         added = tuple(s.tokens[first:])
         self.counters.made += len(added)
         return Event(s.request.id, added, s.finish)
-
-
-def cached_bytes(engine: Engine) -> int:
-    """Bytes of the pages in use."""
-    return engine.pool.used * engine.pool.size * engine.decoder.cache.bytes_per_token
 
 
 def run_alone(engine: Engine, request: Request) -> list[int]:

@@ -138,12 +138,12 @@ class Prefill(BaseRole):
             self.engine.cancel(message["id"])
         elif kind == "sent":
             self._release(message["number"])
-        elif kind == "ended":
+        obey_links(message, self._links, self._say)
+        if kind == "ended":  # its link is closed first: what `at_once` still puts there is found here or refused there
             with self._lock:
                 lost = [n for n, leaving in self._leaving.items() if leaving.link == message["link"]]
             for number in lost:
                 self._release(number)
-        obey_links(message, self._links, self._say)
 
     def at_once(self, message: Message) -> bool:
         """A parked sequence is nothing to the engine, so it can leave while the engine computes."""

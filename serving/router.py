@@ -41,12 +41,13 @@ class Router:
 
     def __init__(self, options: ClusterOptions, tokenizer: Tokenizer, vocabulary: int, max_length: int, host: str,
                  announce: Callable[[str], None], complete: Callable[[], None]) -> None:  # fmt: skip
-        self.tokenizer, self.max_length, self.options = tokenizer, max_length, options
+        self.tokenizer, self.options = tokenizer, options
+        self.max_length = min(max_length, options.cache_tokens // options.page_size * options.page_size)
         self.members: list[Member] = []
         self.counts: Counter[str] = Counter()  # losses by side, lost requests, hand-overs and their tokens
         self.waiting: deque[Job] = deque()
         self.held: deque[Job] = deque()
-        self._vocabulary, self._host, self._announce = vocabulary, host, announce
+        self._vocabulary, self._longest, self._host, self._announce = vocabulary, max_length, host, announce
         self._complete: Callable[[], None] | None = complete
         self._calls = Calls(tokenizer)
         self._jobs: dict[str, Job] = {}
@@ -186,7 +187,7 @@ class Router:
 
     def _check(self, request: Request) -> None:
         o = self.options
-        check_request(request, self._vocabulary, self.max_length)
+        check_request(request, self._vocabulary, self._longest)
         check_cache(request, o.cache_tokens // o.page_size * o.page_size, o.page_size)
         if o.prefill:
             check_prompt_cache(request, o.prefill_cache_tokens // o.prefill_page_size * o.prefill_page_size,

@@ -10,6 +10,7 @@ made beside the first token stays behind.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -25,6 +26,7 @@ class PrefillEngine(Engine):
         """As `Engine`."""
         super().__init__(*arguments, **options)
         self.parked: dict[str, Sequence] = {}
+        self._lock = threading.Lock()  # for who gets a parked sequence: `leave` comes from another thread
 
     def check(self, request: Request) -> None:
         check_request(request, self.decoder.config.vocab_size, self.max_length)
@@ -49,15 +51,17 @@ class PrefillEngine(Engine):
         return list(events.values())
 
     def cancel(self, id: str) -> None:
-        self.parked.pop(id, None)
-        super().cancel(id)
+        with self._lock:
+            self.parked.pop(id, None)
+            super().cancel(id)
 
     def leave(self, id: str) -> Sequence | None:
         """A parked sequence, which from now on belongs to the caller (`release`); None if it was cancelled."""
-        if id not in self.parked:
-            return None
-        self._sequences.pop(id)
-        return self.parked.pop(id)
+        with self._lock:
+            sequence = self.parked.pop(id, None)
+            if sequence is not None:
+                self._sequences.pop(id)
+        return sequence
 
     def release(self, sequence: Sequence) -> None:
         """Its cache has been sent, or nobody wants it any more."""

@@ -23,7 +23,8 @@ class Worker:
     """One engine as a backend of the web application (backend.py). `failed` says why the engine broke down."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.engine, self.tokenizer, self.max_length = engine, tokenizer, engine.max_length
+        self.engine, self.tokenizer = engine, tokenizer
+        self.max_length = min(engine.max_length, engine.pool.total * engine.pool.size)
         self.failed: str | None = None
         self._calls = Calls(tokenizer)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

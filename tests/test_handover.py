@@ -226,6 +226,20 @@ def test_a_step_that_fails_after_its_tokens_loses_none(monkeypatch: pytest.Monke
     assert [t for _ in range(18) for event in d.step() for t in event.tokens] == wanted[2:]
 
 
+def test_a_request_that_is_cancelled_after_a_failed_step_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: object) -> bool:
+        raise RuntimeError("a peer is lost")
+
+    monkeypatch.setattr("serving.engine.propose", failing)
+    e = prefill(True)
+    e.add(Request("a", (5, 17, 40), 20, GREEDY))
+    with pytest.raises(RuntimeError, match="a peer is lost"):
+        e.step()
+    e.cancel("a")
+    assert e.step() == []
+    assert e.pool.used == 0
+
+
 def test_nothing_but_gloo_and_nccl() -> None:
     with pytest.raises(ValueError, match="'mpi'"):
         Pair("mpi", dist.HashStore(), 0, 1, torch.device("cpu"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from serving.handover import Pair
 from serving.roles import Decode, Links, Prefill
-from serving.sequence import Request
+from serving.sequence import Request, Sequence
 from serving.wire import Message, encode_request
 from tests.test_engine import GREEDY
 from tests.test_handover import decode, prefill
@@ -124,3 +125,39 @@ def test_a_parked_prompt_leaves_while_the_engine_computes_and_frees_its_pages_wh
     role.obey({"kind": "ended", "link": "x", "reason": "lost"})
     assert role.engine.pool.used == 0
     assert said[-1] == {"kind": "broken", "link": "x", "reason": "lost"}
+
+
+def test_a_cache_that_leaves_through_a_link_that_is_just_ending_frees_its_pages() -> None:
+    class Ending(FakeLinks):
+        def close(self, name: str) -> None:
+            role.at_once({"kind": "send", "id": "a", "number": 1, "link": "x"})  # another thread, at this moment
+            super().close(name)
+
+    role = Prefill(prefill(False), lambda message: None, Ending(), lambda message: None)
+    role.obey({"kind": "add", "request": encode_request(REQUESTS["a"])})
+    role.engine.step()
+    assert role.engine.pool.used == 4
+    role.obey({"kind": "ended", "link": "x", "reason": "lost"})
+    assert role.engine.pool.used == 0
+
+
+def test_a_parked_prompt_either_leaves_or_is_cancelled() -> None:
+    e = prefill(False)
+    e.add(REQUESTS["a"])
+    e.step()
+    thread = threading.Thread(target=e.cancel, args=("a",))
+
+    class Parked(dict[str, Sequence]):
+        def pop(self, *arguments: Any) -> Any:
+            if not thread.ident:  # the engine's thread cancels while another one lets it leave
+                thread.start()
+                thread.join(0.1)
+            return super().pop(*arguments)
+
+    e.parked = Parked(e.parked)
+    sequence = e.leave("a")
+    thread.join()
+    assert sequence is not None
+    assert e.pool.used == 4
+    e.release(sequence)
+    assert e.pool.used == 0

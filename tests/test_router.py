@@ -42,9 +42,10 @@ class Front:
     """A router with engine processes that say what the test wants."""
 
     def __init__(self, prefill: int = 1, decode: int = 2, **more: Any) -> None:
+        given = {"page_size": 4, **more}
         options = ClusterOptions(
             checkpoint="x", prefill=prefill, decode=decode, prefill_sequences=2, waiting=2, max_sequences=2,
-            page_size=4, cache_tokens=64, **more,
+            cache_tokens=64, **given,
         )  # fmt: skip
         self.complete = False
         self.router = Router(options, Bytes(), 257, 100, "127.0.0.1", lambda where: None, self.is_complete)
@@ -93,6 +94,10 @@ async def read_prompts(front: Front, *ids: str) -> None:
 
 def run(test: Any) -> None:
     asyncio.run(test())
+
+
+def test_an_answer_may_be_as_long_as_a_decode_process_holds() -> None:
+    assert Front(page_size=5).router.max_length == 60
 
 
 def test_a_request_goes_to_whoever_has_room_and_waits_where_nobody_has() -> None:

@@ -19,6 +19,7 @@ import uvicorn
 from model.config import ModelConfig
 from model.sampling import Sampling
 from parallel.whole import empty_model
+from serving.api import ChatBody, ChatMessage, chat
 from serving.app import create_app
 from serving.engine import CacheSize, Engine, run_alone
 from serving.guard import ServerSettings
@@ -196,6 +197,14 @@ def test_a_client_that_hangs_up_frees_its_cache(running: Running) -> None:
         wait_until(lambda: running.engine.pool.used == 0)
         assert running.engine.idle
         assert running.engine.counters.made < made + 240, "it was computed to its end"
+
+
+def test_an_answer_without_a_limit_fits_the_cache() -> None:
+    worker = Worker(Engine(empty_model(BYTES, "fp32", seed=3), 256, CacheSize(8, 8)), Bytes())
+    body = ChatBody(model="tiny", messages=[ChatMessage(role="user", content="hello")])
+    (request,) = chat(body, worker.tokenizer, worker.max_length).requests
+    assert len(request.prompt) + request.max_tokens == 64
+    worker.engine.check(request)
 
 
 def test_metrics_say_what_happens(running: Running) -> None:
