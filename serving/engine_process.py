@@ -27,7 +27,7 @@ from serving.engine import CacheSize, Engine, Event
 from serving.expert_parallel import load_experts
 from serving.expert_plan import ExpertSettings
 from serving.handover import Pair
-from serving.load import load_served, resolve_device
+from serving.load import load_served, resolve_device, use_threads
 from serving.meeting import FRONT, meeting_store
 from serving.options import parse_options
 from serving.roles import Decode, Links, Prefill, Role, Whole
@@ -138,8 +138,7 @@ def make_role(engine: Engine, options: EngineOptions, store: dist.Store, channel
 
 
 def serve(options: EngineOptions) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     engine = make_engine(options)

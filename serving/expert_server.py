@@ -25,7 +25,7 @@ from serving.engine import CacheSize, Engine
 from serving.expert_groups import serving_groups
 from serving.expert_parallel import load_experts
 from serving.expert_plan import ExpertSettings
-from serving.load import resolve_device
+from serving.load import resolve_device, use_threads
 from serving.options import parse_options, usage
 from serving.scheduler import Limits
 from serving.server_options import ServerOptions
@@ -59,8 +59,7 @@ def serve(options: ExpertServerOptions, rank: int, world: int) -> int:
     except ImportError as error:
         raise ValueError(f"the server needs more packages: pip install 'dualpipe-stack[serve]' ({error})") from error
     found, limits, cache = check(options, world)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     device = resolve_device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -10,13 +10,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from omegaconf import MISSING
 
 from model.sampling import Sampling
 from parallel.saved import CheckpointError
 from serving.engine import CacheSize, Engine
-from serving.load import ServedModel, load_served
+from serving.load import ServedModel, load_served, use_threads
 from serving.options import parse_options, usage
 from serving.sequence import Request
 from serving.text import TextStream
@@ -56,8 +55,7 @@ def run(options: GenerateOptions) -> None:
     """Load, generate, print; with drafts, say on stderr how many were right."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     sampling.check()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     model = load_served(options.checkpoint, options.precision, options.device, options.ema, options.max_length)
     prompt = tuple(model.tokenizer.encode(options.prompt))
     page_size = 16

@@ -16,6 +16,7 @@ from serving.metrics import Metrics
 from serving.server_options import ServerOptions
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ENDPOINTS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models"})
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ class ServerSettings:
 
 
 def settings_of(options: ServerOptions, name: str) -> ServerSettings:
-    """The settings of a command line, for a model that is called `name` unless it says otherwise."""
+    """The settings of a command line, for a model that is called `name` unless it says otherwise.
+
+    Raises ValueError for a port that there is not.
+    """
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"port={options.port} must lie between 0 and {2**16 - 1}")
     key = options.api_key or os.environ.get("SERVING_API_KEY", "")
     if options.host not in LOOPBACK and not key:
         print(f"warning: host={options.host} lets anybody who reaches it use this server; set SERVING_API_KEY",
@@ -57,7 +63,8 @@ class Guard:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = message["status"]
-                endpoint = "other" if status in (404, 405) else scope["path"]
+                known = status not in (404, 405) and scope["path"] in ENDPOINTS  # others could be any number
+                endpoint = scope["path"] if known else "other"
                 self.metrics.requests.labels(endpoint, str(status)).inc()
             await send(message)
 

@@ -37,6 +37,14 @@ def load_served(
     return ServedModel(path.resolve().name, model.stage, tokenizer, max_length or model.max_length)
 
 
+def use_threads(count: int) -> None:
+    """On the CPU; 0 = torch's default. Raises ValueError for less."""
+    if count < 0:
+        raise ValueError(f"threads={count} must be 0 (torch's default) or more")
+    if count:
+        torch.set_num_threads(count)
+
+
 def check_max_length(max_length: int) -> None:
     if max_length < 0:
         raise ValueError(f"max_length={max_length} must be 0 (as trained) or more")

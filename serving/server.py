@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from parallel.saved import CheckpointError
 from serving.engine import CacheSize, Engine
-from serving.load import load_served
+from serving.load import load_served, use_threads
 from serving.options import parse_options, usage
 from serving.scheduler import Limits
 from serving.server_options import ServerOptions
@@ -31,8 +29,7 @@ def serve(options: ServerOptions) -> None:
         from serving.worker import Worker
     except ImportError as error:
         raise ValueError(f"the server needs more packages: pip install 'dualpipe-stack[serve]' ({error})") from error
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     limits = Limits(options.max_sequences, options.batch_tokens, options.waiting)
     limits.check(options.drafts)
     if options.page_size < 1 or options.cache_tokens < options.page_size:

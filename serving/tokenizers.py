@@ -77,11 +77,20 @@ class FromFile:
         template = self._settings.get("chat_template")
         if not template:
             raise ValueError(f"{self._folder}/tokenizer_config.json has no chat_template; use the completions endpoint")
+        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        def refuse(reason: str) -> None:  # templates call it, e.g. for roles that do not alternate
+            raise TemplateError(reason)
+
         tokens = {name: _text_of(self._settings.get(name) or "") for name in ("bos_token", "eos_token")}
-        page = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        text = page.render(messages=list(messages), add_generation_prompt=True, **tokens)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        try:
+            page = environment.from_string(template)
+            text = page.render(messages=list(messages), add_generation_prompt=True, **tokens)
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
         return list(self._library.encode(text, add_special_tokens=False).ids)
 
 

@@ -22,10 +22,11 @@ from parallel.whole import empty_model
 from serving.api import ChatBody, ChatMessage, chat
 from serving.app import create_app
 from serving.engine import CacheSize, Engine, run_alone
-from serving.guard import ServerSettings
+from serving.guard import ServerSettings, settings_of
 from serving.scheduler import Limits
 from serving.sequence import Request
 from serving.server import main
+from serving.server_options import ServerOptions
 from serving.tokenizers import Bytes
 from serving.worker import Worker
 from tests.test_decode import CONFIG
@@ -173,6 +174,8 @@ def test_other_refusals(running: Running) -> None:
     assert post("/v1/completions", content=iter([b"{}"])).status_code == 411
     for header in ({}, {"Authorization": "Bearer open"}, {"Authorization": "Bearer ключ".encode()}):
         assert httpx.post(f"{running.url}/v1/completions", json=good, headers=header).status_code == 401
+    assert httpx.get(f"{running.url}/v1/whatever").status_code == 401
+    assert "whatever" not in httpx.get(f"{running.url}/metrics").text, "strangers could fill the memory with names"
     with pytest.raises(openai.BadRequestError, match="max_tokens=0"):
         running.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=0)
     with pytest.raises(openai.BadRequestError, match="tools"):
@@ -254,9 +257,12 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> Non
         (["checkpoint=/none"], "neither a run"),
         (["checkpoint=/none", "cache_tokens=3"], "does not hold a page"),
         (["checkpoint=/none", "batch_tokens=3"], "batch_tokens=3"),
+        (["checkpoint=/none", "threads=-1"], "threads=-1"),
     )
     for words, message in cases:
         assert main(words) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="port=70000"):
+        settings_of(ServerOptions(checkpoint="x", port=70000), "x")
     assert main(["--help"]) == 0
     assert "host=127.0.0.1" in capsys.readouterr().out

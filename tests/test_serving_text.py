@@ -65,6 +65,10 @@ def test_a_public_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("naïve → text")) == "naïve → text"
     chat = tokenizer.encode_chat([{"role": "user", "content": "hé"}])
     assert chat == [257, *tokenizer.encode("hé"), 258]
+    for template in ("{{ raise_exception('users only') }}", "{{ nothing.at.all }}", "{% if %}"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        with pytest.raises(ValueError, match=r"chat template.*(users only|nothing|Expected an expression)"):
+            FromFile(tmp_path).encode_chat([{"role": "user", "content": "hé"}])
     stream = TextStream(tokenizer)
     assert "".join(stream.push([t]) for t in tokenizer.encode("naïve → text")) == "naïve → text"
     (tmp_path / "tokenizer_config.json").unlink()
@@ -93,6 +97,16 @@ def test_settings_are_typed_and_text_is_literal() -> None:
     words = ["text=def f(x): # a: [1", "count=7", "rate=1", "on=true", 'words=["\\n\\n", a]', "maybe=1"]
     assert parse_options(Settings, words) == Settings("def f(x): # a: [1", 7, 1.0, True, ["\n\n", "a"], "1")
     assert parse_options(Settings, ["text="]).text == ""
-    for word, message in (("count=x", "count=x"), ("colour=1", "colour.*text, count"), ("text", "key=value")):
+    for text in ("echo ${text} ${count} ${none}", "???", "\\${x}"):
+        assert parse_options(Settings, [f"text={text}"]).text == text
+    assert parse_options(Settings, ['words=["${count}"]']).words == ["${count}"]
+    assert parse_options(Settings, ["maybe=a", "maybe=null"]).maybe is None
+    for word, message in (
+        ("count=x", "count=x"),
+        ("colour=1", "colour.*text, count"),
+        ("text", "key=value"),
+        ("words=a", "list of texts"),
+        ("words=[1]", "list of texts"),
+    ):
         with pytest.raises(ValueError, match=message):
             parse_options(Settings, [word])
