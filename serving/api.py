@@ -121,11 +121,11 @@ def completion(body: CompletionBody, tokenizer: Tokenizer, max_length: int) -> A
     body.check_rest()
     prompts: list[Sequence[int]]
     if isinstance(body.prompt, str):
-        prompts = [tokenizer.encode(body.prompt)]
+        prompts = [tokenizer.encode(_checked(body.prompt))]
     elif all(isinstance(item, int) for item in body.prompt):
         prompts = [body.prompt]  # type: ignore[list-item]
     else:
-        prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]  # type: ignore[misc]
+        prompts = [tokenizer.encode(_checked(p)) if isinstance(p, str) else p for p in body.prompt]  # type: ignore[misc]
     if len(prompts) * body.n > MOST_CHOICES:
         raise Refused(f"{len(prompts)} prompts with n={body.n} are more than {MOST_CHOICES} choices")
     most = 16 if body.max_tokens is None else body.max_tokens
@@ -135,7 +135,7 @@ def completion(body: CompletionBody, tokenizer: Tokenizer, max_length: int) -> A
 def chat(body: ChatBody, tokenizer: Tokenizer, max_length: int) -> Asked:
     """Raises Refused, saying what is wrong. Without a limit an answer may be as long as fits."""
     body.check_rest()
-    messages = [{"role": m.role, "content": m.text} for m in body.messages]
+    messages = [{"role": m.role, "content": _checked(m.text)} for m in body.messages]
     try:
         prompt = tokenizer.encode_chat(messages)
     except ValueError as error:
@@ -143,6 +143,15 @@ def chat(body: ChatBody, tokenizer: Tokenizer, max_length: int) -> Asked:
     limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n is not None]
     most = min(limits) if limits else max(1, max_length - len(prompt))
     return Asked(_requests(body, [prompt], most, tokenizer), (*body.stops, *tokenizer.chat_stop))
+
+
+def _checked(text: str) -> str:
+    """Raises Refused for what is no text: JSON can write half a character, such as "\\ud800"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"the text is not valid Unicode: {error}") from None
+    return text
 
 
 def _requests(body: Body, prompts: Sequence[Sequence[int]], most: int, tokenizer: Tokenizer) -> tuple[Request, ...]:

@@ -167,6 +167,14 @@ def test_other_refusals(running: Running) -> None:
     assert post("/v1/completions", json={**good, "model": "gpt"}).status_code == 404
     assert post("/v1/nothing", json=good).status_code == 404
     assert running.http.get("/v1/completions").status_code == 405
+    for path, half in (
+        ("completions", rb'"prompt": "\ud800"'),
+        ("chat/completions", rb'"messages": [{"role": "user", "content": "\ud800"}]'),
+    ):
+        sent = post(
+            f"/v1/{path}", content=b'{"model": "tiny", %s}' % half, headers={"Content-Type": "application/json"}
+        )
+        assert "not valid Unicode" in sent.json()["error"]["message"]
     assert post("/v1/completions", content=b"{").status_code == 400
     large = post("/v1/completions", json={**good, "prompt": "x" * 20_000})
     assert large.status_code == 413
