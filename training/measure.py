@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         out = _out(arguments)
         config = reduced(_compose([a for a in arguments if not a.startswith("out=")]))
         _check_processes(config.parallel.ep, world)
-        job = prepare(config, world)
+        job = prepare(config, world, trains=False)
     except Exception as error:  # Hydra has many kinds
         if rank == 0:
             cause = "" if error.__cause__ is None else f": {error.__cause__}"
@@ -99,7 +99,6 @@ def reduced(config: Config) -> Config:
         schedule=replace(config.schedule, name="zb1p", micro_batches=MICRO_BATCHES, costs=None),
         optim=replace(config.optim, zero=0),
         launch=replace(config.launch, threads=config.launch.threads or 1),
-        resume="never",
     )
 
 

@@ -105,8 +105,11 @@ class Job:
         return PackedDataset(tokens, self.config.data.seq_len, self.config.seed, self.corpus.tokenizer.eod)
 
 
-def prepare(config: Config, world: int) -> Job:
-    """Validate, read or build the corpus, find the checkpoint to resume from. Raises ValueError with one message."""
+def prepare(config: Config, world: int, trains: bool = True) -> Job:
+    """Validate, read or build the corpus, find the checkpoint to resume from. Raises ValueError with one message.
+
+    trains   it keeps results in its run's folder; else that folder is neither looked into nor made
+    """
     layout, schedule = validate(config, world)
     corpus = prepare_corpus(
         config.data.path, Path(config.data.cache_dir), config.data.val_fraction, exclude=[Path(config.runs_dir)]
@@ -118,13 +121,14 @@ def prepare(config: Config, world: int) -> Job:
         )
     device = resolve_device(config.launch.device)
     check_capacity(config, layout, schedule, device)
-    resume, weights = find_resume_point(config, layout), None
-    if resume is None and config.init_from is not None:
+    resume, weights = find_resume_point(config, layout) if trains else None, None
+    if trains and resume is None and config.init_from is not None:
         weights = find_weights(config.init_from, config.model)
     job = Job(config, layout, schedule, corpus, device, resume, weights)
     for split in ("train", "val"):
         job.dataset(split)
-    check_writable(job.run_dir)
+    if trains:
+        check_writable(job.run_dir)
     return job
 
 
