@@ -160,6 +160,8 @@ BAD = [  # processes, command line, what the message must name
     (2, "guard.spike=0.5", ["guard.spike=0.5"]),
     (2, "optim.lr=0", ["optim.lr=0"]),
     (2, "optim.lr=nan", ["optim.lr=nan"]),
+    (2, "optim.eps=0", ["optim.eps=0"]),
+    (2, "precision=fp64 optim.moments=bf16", ["optim.moments=fp32", "precision=fp64"]),
     (2, "optim.lr_final=1", ["optim.lr_final=1"]),
     (2, "optim.beta2=1", ["optim.beta2=1"]),
     (2, "optim.clip=-1", ["optim.clip=-1"]),

@@ -39,14 +39,15 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raise ValueError, naming the override, for values that cannot train."""
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optim.lr={self.lr} must be positive")
+        for name in ("lr", "eps"):  # without eps a weight that has had no gradient yet becomes 0 / 0
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
         if not 0 <= self.lr_final <= self.lr:
             raise ValueError(f"optim.lr_final={self.lr_final} must be between 0 and optim.lr={self.lr}")
         for name in ("beta1", "beta2", "ema", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("warmup_steps", "weight_decay", "clip", "eps"):
+        for name in ("warmup_steps", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 or more")
         if self.name not in ("adamw", "muon"):

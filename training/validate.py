@@ -54,6 +54,8 @@ def validate(config: Config, world: int, here: bool = True) -> tuple[Layout, Sch
         raise ValueError("eval.ema=true needs an average: set optim.ema, e.g. optim.ema=0.999")
     if config.optim.zero and config.precision.name == "fp64":
         raise ValueError("optim.zero=1 keeps FP32 masters; precision=fp64 needs optim.zero=0")
+    if config.optim.moments == "bf16" and config.precision.name == "fp64":
+        raise ValueError("optim.moments=bf16 are rounded from FP32; precision=fp64 needs optim.moments=fp32")
     layout = Layout(world, parallel.pp, parallel.ep, parallel.order)  # before the schedule: a huge PP ends here
     schedule = choose_schedule(config)
     if config.model.num_experts % config.parallel.ep:
