@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import yaml
 
 from tests.job import MODEL, ROOT, SIZE, losses, write_text
 from training.config import Config
-from training.sweep import job_command
+from training.sweep import JobFailed, job_command, run_job
 
 
 def test_a_job_gets_its_own_name_and_enough_processes() -> None:
@@ -23,6 +25,27 @@ def test_a_job_gets_its_own_name_and_enough_processes() -> None:
     assert command[-4:] == ["train.py", "run=lr.3", "optim.lr=1", "parallel.pp=4"]
     config.launch.processes = 16
     assert "--nproc-per-node=16" in job_command("train.py", config, [], 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "result"), [([3.0, 2.5], 2.5), ([2.5, "nan"], math.nan), ([], "ended early, before its first validation")]
+)
+def test_the_result_of_a_job_is_its_last_validation(
+    values: list[float | str], result: float | str, tmp_path: Path
+) -> None:
+    """A job that writes these; one that ended in disorder must not look like the best one."""
+    rows = [{"step": 1, "train/loss": 1.0}, *({"step": step, "val/loss": v} for step, v in enumerate(values))]
+    run_dir, script = tmp_path / "lr.0", tmp_path / "job.py"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    script.write_text("")
+    config = Config(run="lr", runs_dir=str(tmp_path))
+    config.launch.processes = 1
+    if isinstance(result, str):
+        with pytest.raises(JobFailed, match=result):
+            run_job(str(script), config, [], 0)
+    else:
+        assert run_job(str(script), config, [], 0) == pytest.approx(result, nan_ok=True)
 
 
 def start(folder: Path, overrides: str) -> subprocess.CompletedProcess[str]:

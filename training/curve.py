@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def read_metric(path: Path, name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one metric in a metrics file."""
+    """(steps, values) of one metric in a metrics file; a value that is not finite stands there as a word."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    points = [(row["step"], float(row[name])) for row in rows if name in row]
     return [s for s, _ in points], [v for _, v in points]
 
 

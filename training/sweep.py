@@ -44,4 +44,6 @@ def run_job(script: str, config: Config, overrides: Sequence[str], number: int) 
     if code:
         raise JobFailed(f"job {number} (run={run}) ended with exit code {code}")
     _, losses = read_metric(Path(config.runs_dir) / run / "metrics.jsonl", "val/loss")
+    if not losses:
+        raise JobFailed(f"job {number} (run={run}) ended early, before its first validation")
     return losses[-1]
