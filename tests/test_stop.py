@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +49,23 @@ def test_a_signal_saves_and_ends_with_success(folder: Path, number: signal.Signa
     with Job(folder, run_dir.name, LOOP) as job:
         job.finish()
     assert losses(run_dir) == losses(folder / "whole")
+
+
+CTRL_C = """
+import os, signal, sys, time
+from training.stop import StopRequest, stop_on_signals
+stop_on_signals(StopRequest())
+for pause in (0, 0.01, 1.1):
+    time.sleep(pause)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("alive", flush=True)
+"""
+
+
+def test_one_ctrl_c_that_comes_twice_is_one_and_a_second_one_ends_at_once() -> None:
+    """The terminal sends it to all processes, and torchrun passes its own on to the ranks."""
+    done = subprocess.run([sys.executable, "-c", CTRL_C], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "alive\nalive\n"), done.stderr
 
 
 def _ask(rank: int, world: int, wishes: list[str]) -> list[Stop | None]:

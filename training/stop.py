@@ -7,11 +7,12 @@ full for exit code 1 and what has been saved so far.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_CTRL_C = 1.0  # seconds within which a second SIGINT is the first one again
 _NO, _LEAVE, _FAIL = range(3)
 
 
@@ -72,12 +74,19 @@ class StopRequest:
 
 
 def stop_on_signals(request: StopRequest) -> None:
-    """From now on the first signal asks for a stop, and a second SIGINT ends this process at once."""
+    """From now on the first signal asks for a stop, and a second Ctrl-C ends this process at once.
+
+    In a terminal one Ctrl-C comes twice, from the terminal and from torchrun, which passes on what it gets.
+    """
+    first = math.inf
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
         name = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, _end_at_once)
+            if time.monotonic() > first + SAME_CTRL_C:
+                os._exit(128 + number)
+            first = min(first, time.monotonic())
         request.leave(f"received {name}")
 
     for number in SIGNALS:
@@ -88,7 +97,3 @@ def ignore_signals() -> None:
     """From now on signals do nothing: the run is leaving. (Python gives its handlers up before a process ends.)"""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    os._exit(128 + number)
