@@ -28,7 +28,7 @@ def test_a_job_gets_its_own_name_and_enough_processes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "result"), [([3.0, 2.5], 2.5), ([2.5, "nan"], math.nan), ([], "ended early, before its first validation")]
+    ("values", "result"), [([3.0, 2.5], 2.5), ([2.5, "nan"], math.nan), ([], "ended early, before its first")]
 )
 def test_the_result_of_a_job_is_its_last_validation(
     values: list[float | str], result: float | str, tmp_path: Path
