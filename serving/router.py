@@ -250,7 +250,7 @@ class Router:
             member.state = EngineState(**message["state"])
         for id, tokens, finish in message["events"]:
             job = member.jobs.get(id)
-            if job is None:
+            if job is None or id not in self._calls:  # the second: we are stopping
                 continue
             stopped = self._calls.deliver(id, tokens, finish)
             if stopped and finish is None:

@@ -100,6 +100,18 @@ def test_an_answer_may_be_as_long_as_a_decode_process_holds() -> None:
     assert Front(page_size=5).router.max_length == 60
 
 
+def test_a_token_that_comes_while_the_front_stops_hurts_nobody() -> None:
+    async def test() -> None:
+        front = Front()
+        answers = front.ask("a")
+        await front.router.stop()
+        front.made(front.prefill[0], "a", [66])
+        await asyncio.sleep(0)
+        assert answers.get_nowait().error == "the server is shutting down"
+
+    run(test)
+
+
 def test_a_request_goes_to_whoever_has_room_and_waits_where_nobody_has() -> None:
     async def test() -> None:
         front = Front()
