@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from model.config import ModelConfig
 from model.describe import (
@@ -99,6 +100,9 @@ def describe_precision(words: Sequence[str]) -> str:
     """The table of formats for `precision=` and `precision.*` among the words; nothing if there is no precision."""
     chosen = [word.partition("=")[2] for word in words if word.startswith("precision=")]
     if not chosen:
+        alone = next((word for word in words if word.startswith("precision.")), None)
+        if alone is not None:
+            raise ValueError(f"{alone}: of which precision? Give precision=fp8 as well")
         return ""
     more = OmegaConf.from_dotlist([w.removeprefix("precision.") for w in words if w.startswith("precision.")])
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrecisionConfig(chosen[-1])), more))
@@ -109,18 +113,22 @@ def describe_precision(words: Sequence[str]) -> str:
     return f"\n\nprecision=fp8 by the {config.backend} backend\n{describe_formats(precision.formats)}"
 
 
+def _whole_number(settings: dict[Any, Any], name: str, default: int) -> int:
+    value = settings.pop(name, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={'' if value is None else value} must be a whole number, at least 1")
+    return value
+
+
 def main(arguments: list[str]) -> int:
-    usage = (__doc__ or "").splitlines()[0]
+    usage = (__doc__ or "").splitlines()[0].strip("`")
     if not arguments or arguments[0] != "describe":
         print(f"usage: {usage}", file=sys.stderr)
         return 2
     try:
         settings = dict(OmegaConf.to_container(OmegaConf.from_dotlist(arguments[1:])) or {})  # type: ignore[arg-type]
         overrides: dict[str, Any] = {}
-        name, seq_len, batch = "tiny", int(settings.pop("seq", 4096)), int(settings.pop("batch", 1))
-        for label, number in (("seq", seq_len), ("batch", batch)):
-            if number < 1:
-                raise ValueError(f"{label}={number} must be at least 1")
+        name, seq_len, batch = "tiny", _whole_number(settings, "seq", 4096), _whole_number(settings, "batch", 1)
         for word in arguments[1:]:
             key, _, value = word.partition("=")
             if key == "model":
@@ -137,7 +145,7 @@ def main(arguments: list[str]) -> int:
         layout = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Layout), settings))
         assert isinstance(layout, Layout)
         print(describe(load_preset(name, overrides), seq_len, layout, batch), formats, sep="")
-    except (ValueError, OmegaConfBaseException) as error:
+    except (ValueError, OmegaConfBaseException, YAMLError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

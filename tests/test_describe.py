@@ -136,6 +136,10 @@ def test_the_table_prints_and_bad_input_is_refused(capsys: pytest.CaptureFixture
         (["describe", "model=tiny", "model.num_layers=x"], "Integer"),
         (["describe", "model=tiny", "pp=9"], "num_layers"),
         (["describe", "model=tiny", "batch=0"], "batch=0"),
+        (["describe", "model=tiny", "batch=1.5"], "batch=1.5 must be a whole number"),
+        (["describe", "model=tiny", "seq="], "seq= must be a whole number"),
+        (["describe", "model=tiny", "seq={"], "error: "),
+        (["describe", "model=tiny", "precision.formats.head=fp8"], "precision=fp8"),
         (["describe", "model=tiny", "dp=3", "ep=2"], "ep=2"),
         ([], "usage"),
     ):
