@@ -188,8 +188,8 @@ def _pair(args: argparse.Namespace) -> None:
     from dualpipe.pair import pair_timeline, stage_segments
 
     forward, backward = stage_segments(args.forward), stage_segments(args.backward)
-    if not args.communication >= 0:
-        raise ValueError(f"--communication {args.communication:g} must be at least 0")
+    if not 0 <= args.communication < float("inf"):
+        raise ValueError(f"--communication {args.communication:g} must be finite and at least 0")
     order = pair_order(forward, backward)
     print(two_lanes(order))
     if args.out is not None:

@@ -24,7 +24,7 @@ from dualpipe.greedy import Problem, run_policy
 from dualpipe.policies import Climber, held_stages
 from dualpipe.refine import Refiner
 from dualpipe.schedule import Pair, Placement, Schedule
-from dualpipe.schedules import SCHEDULES, make_schedule, options_of
+from dualpipe.schedules import LARGEST, SCHEDULES, make_schedule, options_of
 from dualpipe.schedules.dualpipev import v_placement
 from dualpipe.simulator import simulate
 from dualpipe.validate import validate
@@ -114,6 +114,11 @@ def _problems(
 ) -> list[Problem]:
     if num_ranks < 1 or num_micro_batches < 1:
         raise ValueError(f"need at least 1 rank and 1 micro-batch; got {num_ranks} and {num_micro_batches}")
+    if 2 * num_ranks * num_micro_batches > LARGEST:
+        raise ValueError(
+            f"schedules of {num_ranks} ranks and {num_micro_batches} micro-batches would have up to "
+            f"{2 * num_ranks * num_micro_batches} forwards; at most {LARGEST} are made"
+        )
     problems = []
     for costs in cuts:
         per_rank = costs.num_stages // num_ranks

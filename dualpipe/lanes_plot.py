@@ -21,10 +21,13 @@ _PART = re.compile(r"\((F|I|W)\)")
 
 
 def save_lanes(timeline: Timeline, path: Path, unit: str = "") -> None:
-    """Write the picture as .svg or .png. Raises ValueError for another name or an empty timeline."""
+    """Write the picture as .svg or .png. Raises ValueError for another name, an empty timeline, or no matplotlib."""
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"{path}: name the picture .svg or .png")
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dualpipe"}):
         draw_lanes(timeline, unit).savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -102,6 +102,8 @@ def test_compare_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
         ("search --ranks 2 --micro-batches 4 --max-activations inf", "max_activations=inf is no amount of memory"),
         ("show --schedule interleaved_1f1b --ranks 4 --option chunks=99999999", "would have 7999999920 forwards"),
         ("show --schedule zbv --ranks 100000 --micro-batches 100000", "would have 10000000000 forwards"),
+        ("search --ranks 2 --micro-batches 30000000 --effort 1", "up to 120000000 forwards"),
+        ("pair --communication inf --out x.svg", "--communication inf must be finite"),
         ("compare --ranks 4 --micro-batches -1", "--ranks 4 and --micro-batches -1 must be at least 1"),
     ],
 )
