@@ -83,6 +83,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [p for p in all_checkpoints(folder) if problem_of(p) is None]
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path names, or the newest whole one of the run that it names; None if it names neither.
+
+    Raises CheckpointError for a checkpoint that is not whole.
+    """
+    if (path / "run.json").is_file():
+        problem = problem_of(path)
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
+        return path
+    return next(reversed(list_checkpoints(path / "checkpoints")), None)
+
+
 def read_run_state(path: Path) -> RunState:
     try:
         return RunState(**json.loads((path / "run.json").read_text()))

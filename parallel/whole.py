@@ -20,7 +20,7 @@ from model.names import named_tensors
 from model.precisions import make_precision
 from model.stage import ModelStage, StageShape
 from parallel.dispatch import RoutedDispatcher
-from parallel.saved import CheckpointError, has_average, list_checkpoints, load_weights, problem_of, read_run_state
+from parallel.saved import find_checkpoint, has_average, load_weights, read_run_state
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def find_model(path: Path, averaged: bool = False) -> FoundModel:
         settings: dict[str, Any] = json.loads((path / CONFIG).read_text())
         length = int(settings.get("max_position_embeddings", 4096))
         return FoundModel(path, PublicCheckpoint(path).config, length, is_public=True)
-    folder = _find_checkpoint(path)
+    folder = find_checkpoint(path)
+    if folder is None:
+        raise ValueError(f"{path} is neither a run with checkpoints, nor a checkpoint, nor a folder with {CONFIG}")
     state = read_run_state(folder)
     if averaged and not has_average(state):
         raise ValueError(f"{folder} holds no average of the weights (it was trained without optim.ema)")
@@ -96,15 +98,3 @@ def empty_model(
     stage = ModelStage(config, StageShape(range(config.num_layers), experts, True, True), tools, stage_types)
     initialise(stage, seed, config.init_std)
     return stage
-
-
-def _find_checkpoint(path: Path) -> Path:
-    if (path / "run.json").is_file():
-        problem = problem_of(path)
-        if problem is not None:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
-        return path
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
-        raise ValueError(f"{path} is neither a run with checkpoints, nor a checkpoint, nor a folder with {CONFIG}")
-    return found[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,11 @@ def final_loss(rows: list[dict[str, float]]) -> float:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps, and in `torn` a copy of its checkpoint of which a part is missing."""
     folder = tmp_path_factory.mktemp("runs")
     train(folder, "first", "steps=6")
+    torn = shutil.copytree(folder / "first" / "checkpoints" / "step_00000006", folder / "torn")
+    next(torn.glob("*.distcp")).unlink()
     return folder
 
 
@@ -86,6 +90,7 @@ def test_a_longer_context_goes_on_from_the_shorter(first: Path) -> None:
     ("overrides", "message"),
     [
         (["init_from=/nowhere"], "init_from=/nowhere is neither"),
+        (["init_from={first}/torn"], "init_from={first}/torn: checkpoint {first}/torn cannot be used: __0_0.distcp is"),
         (["init_from={first}/first", "model.num_heads=2"], "set model.num_heads=4"),
         (["init_from={first}/first", "model.mtp_depth=0"], "set model.mtp_depth=1"),
     ],
@@ -95,8 +100,23 @@ def test_what_does_not_fit_is_named(first: Path, overrides: list[str], message: 
     words = [word.format(first=first) for word in overrides]
     done = python("train.py", f"runs_dir={first}", "run=bad", *COMMON, *words)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert message.format(first=first) in done.stderr
     assert not (first / "bad").exists()
-    done = python("-m", "training.hf", "export", first / "nothing", first / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{first}/nothing", "{first}/out"], "{first}/nothing is neither a checkpoint nor a run with checkpoints"),
+        (["{first}/torn", "{first}/out"], "checkpoint {first}/torn cannot be used: __0_0.distcp is missing"),
+        (["{first}/first", "{first}/torn/run.json"], "Not a directory"),
+        (["{first}/first", "{first}/out", "--shard-gb", "inf"], "--shard-gb inf must be positive"),
+    ],
+)
+@pytest.mark.slow
+def test_an_export_that_cannot_be_gives_one_line(first: Path, words: list[str], message: str) -> None:
+    done = python("-m", "training.hf", "export", *(word.format(first=first) for word in words))
     assert done.returncode == 2
-    assert "neither a checkpoint nor a run" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message.format(first=first) in done.stderr
+    assert not (first / "out").exists()

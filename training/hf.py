@@ -11,6 +11,7 @@ import is `train.py init_from=FOLDER`, where each rank reads the tensors that it
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.hf import entries
 from model.hf_files import PublicCheckpoint, write_checkpoint
-from parallel.fragments import Fragment, load_fragments
-from parallel.saved import CheckpointError, list_checkpoints, read_run_state
+from parallel.fragments import Fragment
+from parallel.saved import CheckpointError, find_checkpoint, read_fragments, read_run_state
 
 
 def export(path: Path, out: Path, variant: str, shard_bytes: int) -> list[Path]:
@@ -39,7 +40,7 @@ def export(path: Path, out: Path, variant: str, shard_bytes: int) -> list[Path]:
     def source(names: Sequence[str]) -> dict[str, Tensor]:
         tensors = {name: torch.empty(shapes[name]) for name in names}
         fragments = [Fragment(name, tuple(t.shape), 0, t.view(-1)) for name, t in tensors.items()]
-        load_fragments(path, fragments, None)
+        read_fragments(path, fragments, None)
         return tensors
 
     return write_checkpoint(out, config, source, variant, state.config["data"]["seq_len"], shard_bytes)
@@ -66,15 +67,14 @@ def main() -> int:
         if options.command == "config":
             print(" ".join([*overrides(options.folder), f"init_from={options.folder}"]))
             return 0
-        path = options.run
-        if not (path / "run.json").is_file():
-            found = list_checkpoints(path / "checkpoints")
-            if not found:
-                raise ValueError(f"{path} is neither a checkpoint nor a run with checkpoints")
-            path = found[-1]
+        path = find_checkpoint(options.run)
+        if path is None:
+            raise ValueError(f"{options.run} is neither a checkpoint nor a run with checkpoints")
+        if not 0 < options.shard_gb < math.inf:
+            raise ValueError(f"--shard-gb {options.shard_gb} must be positive")
         shards = export(path, options.out, options.format, int(options.shard_gb * 1e9))
         print(f"{path} → {options.out}: {len(shards)} shard(s), {options.format}")
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.hf_files import CONFIG, PublicCheckpoint
 from model.names import named_tensors
 from model.stage import ModelStage
-from parallel.saved import CheckpointError, list_checkpoints, load_weights, read_run_state
+from parallel.saved import CheckpointError, find_checkpoint, load_weights, read_run_state
 
 # What may differ between the model that was trained and the one that goes on: none of it changes a tensor, and a
 # longer context is what a continued run is for.
@@ -35,18 +35,16 @@ def find_weights(init_from: str, model: ModelConfig) -> Path:
         _compare(path, vars(PublicCheckpoint(path).config), model)
         PublicCheckpoint(path).check(model)
         return path
-    if not (path / "run.json").is_file():
-        found = list_checkpoints(path / "checkpoints")
-        if not found:
-            raise ValueError(
-                f"init_from={init_from} is neither a run with checkpoints, nor a checkpoint, nor a folder with {CONFIG}"
-            )
-        path = found[-1]
     try:
-        _compare(path, read_run_state(path).config["model"], model)
+        found = find_checkpoint(path)
     except CheckpointError as error:
         raise ValueError(f"init_from={init_from}: {error}") from error
-    return path
+    if found is None:
+        raise ValueError(
+            f"init_from={init_from} is neither a run with checkpoints, nor a checkpoint, nor a folder with {CONFIG}"
+        )
+    _compare(found, read_run_state(found).config["model"], model)
+    return found
 
 
 def load_initial(path: Path, model: ModelConfig, stages: Mapping[int, ModelStage]) -> None:
