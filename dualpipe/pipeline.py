@@ -120,12 +120,14 @@ class Pipeline:
         """Add up the gradients of stages that live on two ranks; once, after the last `step` before the optimizer's."""
         if self._group is None or self.schedule.num_directions == 1:
             return
+        summed: set[int] = set()  # a parameter of two stages, such as tied embeddings, has one gradient
         for stage, ranks in enumerate(zip(*self.schedule.placement, strict=True)):
             other = next((r for r in ranks if r != self.rank), self.rank)
             if self.rank in ranks and other != self.rank:
                 for parameter in self._modules[stage].parameters():
-                    if parameter.requires_grad:
-                        self._add_of(parameter, other, stage)
+                    if parameter.requires_grad and id(parameter) not in summed:
+                        summed.add(id(parameter))
+                        self._add_of(parameter, other)
 
     @property
     def peak_activations(self) -> int:
@@ -159,7 +161,7 @@ class Pipeline:
             examples.append(Example(tensors, target, loss, self._specs[signature]))
         return examples
 
-    def _add_of(self, parameter: Tensor, other: int, stage: int) -> None:
+    def _add_of(self, parameter: Tensor, other: int) -> None:
         """Exchange a gradient with the mirror and add; both sides add in the same order, so they stay bit-equal."""
         mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
         theirs = torch.empty_like(mine)

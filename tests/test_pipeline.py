@@ -195,6 +195,35 @@ def test_two_pipelines_with_different_schedules_take_turns_in_one_process() -> N
     run_ranks(2, two_at_once)
 
 
+def distance(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum()
+
+
+def tied() -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 4, dtype=torch.float64)
+    last.weight = first.weight
+    return first, last
+
+
+def train_tied(rank: int, world: int) -> None:
+    wanted = tied()
+    torch.manual_seed(1)
+    inputs = [torch.randn(3, 4, dtype=torch.float64) for _ in range(8)]
+    torch.stack([distance(wanted[1](wanted[0](x)), x) for x in inputs]).sum().backward()
+    stages = dict(enumerate(tied()))
+    pipeline = Pipeline(stages, make_schedule("dualpipe", 2, 8))
+    pipeline.step(inputs, inputs, distance)
+    pipeline.reduce_gradients()
+    for stage, module in stages.items():
+        for ours, serial in zip(module.parameters(), wanted[stage].parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, serial.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_parameter_of_two_stages_is_summed_once() -> None:
+    run_ranks(2, train_tied)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
