@@ -68,6 +68,16 @@ class Documents:
         return borders, int(borders.diff().max())
 
 
+def document_ranges(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """For each position the first one of its document, and the end (the next document's first): each [B, S]."""
+    S = documents_BS.shape[1]
+    position_S = torch.arange(S, device=documents_BS.device)
+    changes_BX = documents_BS[:, 1:] != documents_BS[:, :-1]
+    first_BS = F.pad(position_S[1:].where(changes_BX, 0), (1, 0)).cummax(1).values
+    end_BS = F.pad(position_S[1:].where(changes_BX, S), (0, 1), value=S).flip(1).cummin(1).values.flip(1)
+    return first_BS, end_BS
+
+
 def _blocks(documents_S: Tensor) -> Iterator[Block]:
     length = len(documents_S)
     index = torch.arange(length)

@@ -19,13 +19,15 @@ Shapes: B sequences, S positions, H heads, D hidden size; R rope_dim, Q = head_d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.attend import Documents, attend, attend_backward
+from model.attend import Documents, attend, attend_backward, document_ranges
 from model.config import ModelConfig
+from model.cpu.kernels import kernels, suits
 from model.layers import Linear, RMSNorm, Toolbox
 from model.rope import rotate_, softmax_scale
 
@@ -40,22 +42,32 @@ class AttentionContext:
 
     def __init__(self, documents_BS: Tensor, cos: Tensor, sin: Tensor, sequence_scale: float = 0.0) -> None:
         self.sequence_scale = sequence_scale
+        self._documents_BS = documents_BS
         self.cos, self.sin = cos, sin  # [B, S, rope_dim/2]
         sequences = range(len(documents_BS))
         one_by_one = documents_BS.device.type == "cpu"
         self.parts = [slice(b, b + 1) for b in sequences] if one_by_one else [slice(0, len(documents_BS))]
         self.documents = [Documents(documents_BS[part]) for part in self.parts]
 
+    @cached_property
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """For each position the first one of its document, and the end: each [B, S]."""
+        return document_ranges(self._documents_BS)
+
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """H heads; per head N channels without position, R rotary ones, V of values; scale of the scores."""
+    """H heads; per head N channels without position, R rotary ones, V of values; scale of the scores.
+
+    compiled   by our C++ kernels, where they take the heads
+    """
 
     H: int
     N: int
     R: int
     V: int
     scale: float
+    compiled: bool = False
 
 
 class LatentAttention(nn.Module):
@@ -74,7 +86,7 @@ class LatentAttention(nn.Module):
         heads_size = c.num_heads * (c.head_dim + c.value_dim)
         self.key_value_up = Linear(c.key_value_rank, heads_size, tools, "attention_key_value_up")
         self.output = Linear(c.num_heads * c.value_dim, c.hidden_size, tools, "attention_output")
-        self.sizes = HeadSizes(c.num_heads, c.head_dim, c.rope_dim, c.value_dim, softmax_scale(c))
+        self.sizes = HeadSizes(c.num_heads, c.head_dim, c.rope_dim, c.value_dim, softmax_scale(c), tools.compile)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
         c = self.config
@@ -97,14 +109,14 @@ class _FromHeads(torch.autograd.Function):
     def forward(
         ctx: Any, q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
     ) -> Tensor:
-        ctx.save_for_backward(q_up, kv_up, k_rope)
+        out, *rest = _forward(q_up, kv_up, k_rope, sizes, context)
+        ctx.save_for_backward(q_up, kv_up, k_rope, *rest)
         ctx.sizes, ctx.context = sizes, context
-        return _forward(q_up, kv_up, k_rope, sizes, context)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q_up, kv_up, k_rope = ctx.saved_tensors
-        return (*_backward(dout, q_up, kv_up, k_rope, ctx.sizes, ctx.context), None, None)
+        return (*_backward(dout, *ctx.saved_tensors, sizes=ctx.sizes, context=ctx.context), None, None)
 
 
 class _FromLatents(torch.autograd.Function):
@@ -123,35 +135,61 @@ class _FromLatents(torch.autograd.Function):
         attention: LatentAttention,
         context: AttentionContext,
     ) -> Tensor:
-        ctx.save_for_backward(latent_q, latent_kv, k_rope)
+        out, *rest = _forward(*attention.expand(latent_q, latent_kv), k_rope, attention.sizes, context)
+        ctx.save_for_backward(latent_q, latent_kv, k_rope, *rest)
         ctx.attention, ctx.context = attention, context
-        return _forward(*attention.expand(latent_q, latent_kv), k_rope, attention.sizes, context)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        latent_q, latent_kv, k_rope = ctx.saved_tensors
+        latent_q, latent_kv, k_rope, *rest = ctx.saved_tensors
         leaves = [latent.detach().requires_grad_() for latent in (latent_q, latent_kv)]
         with torch.enable_grad():
             q_up, kv_up = ctx.attention.expand(*leaves)
         dq_up, dkv_up, dk_rope = _backward(
-            dout, q_up.detach(), kv_up.detach(), k_rope, ctx.attention.sizes, ctx.context
+            dout, q_up.detach(), kv_up.detach(), k_rope, *rest, sizes=ctx.attention.sizes, context=ctx.context
         )
         torch.autograd.backward((q_up, kv_up), (dq_up, dkv_up))
         return leaves[0].grad, leaves[1].grad, dk_rope, None, None
 
 
-def _forward(q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext) -> Tensor:
+def _forward(
+    q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
+) -> tuple[Tensor, ...]:
+    """The attention's output [B, S, H·V], and what backward needs besides the operands."""
+    if sizes.compiled and suits(q_up):
+        out, lse_BHS = kernels().attend(*_kernel_operands(q_up, kv_up, k_rope, sizes, context))
+        return out, out, lse_BHS
     B, S, _ = q_up.shape
     out_BSHV = torch.empty(B, S, sizes.H, sizes.V, dtype=q_up.dtype, device=q_up.device)
     for part, documents in zip(context.parts, context.documents, strict=True):
         q, k, v = _assemble(q_up[part], kv_up[part], k_rope[part], sizes, context.cos[part], context.sin[part])
         out_BSHV[part] = attend(q, k, v, documents).transpose(1, 2)
-    return out_BSHV.flatten(2)
+    return (out_BSHV.flatten(2),)
+
+
+def _kernel_operands(
+    q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
+) -> tuple[Any, ...]:
+    tensors = (q_up, kv_up, k_rope, context.cos, context.sin, *context.ranges)
+    return *(tensor.contiguous() for tensor in tensors), sizes.H, sizes.scale
 
 
 def _backward(
-    dout: Tensor, q_up: Tensor, kv_up: Tensor, k_rope: Tensor, sizes: HeadSizes, context: AttentionContext
+    dout: Tensor,
+    q_up: Tensor,
+    kv_up: Tensor,
+    k_rope: Tensor,
+    *rest: Tensor,
+    sizes: HeadSizes,
+    context: AttentionContext,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the three operands; `rest` is what `_forward` wanted to be kept besides them."""
+    if rest:
+        operands = _kernel_operands(q_up, kv_up, k_rope, sizes, context)
+        dq_up, dkv_up, turned_BHSR = kernels().attend_backward(dout.contiguous(), *rest, *operands)
+        dk_rope = rotate_(turned_BHSR.sum(1), context.cos, -context.sin).to(k_rope.dtype)
+        return dq_up, dkv_up, dk_rope
     H, N, V = sizes.H, sizes.N, sizes.V
     S = dout.shape[1]
     dq_up, dkv_up, dk_rope = torch.empty_like(q_up), torch.empty_like(kv_up), torch.empty_like(k_rope)

@@ -1,0 +1,266 @@
+// Attention from projected heads on a CPU, forward and backward: softmax(q · kᵀ) · v, causal, inside each document.
+//
+// A task is one head of one sequence, on one thread: it rotates and lays out the head's queries, keys and values once,
+// in FP32, and then works on blocks of them that stay in the cache. Blocks that no query may see are skipped. Forward
+// keeps the logarithm of each row's sum of exponentials; backward makes the probabilities again from that, transposed
+// (keys × queries), so that every product reads its operands row by row.
+//
+// Shapes: B sequences, S positions (P: padded to whole blocks), H heads; per head N channels without position, R rotary
+// ones, Q = N + R, V of values.
+
+#include <torch/library.h>
+
+#include "tiles.h"
+
+namespace {
+
+using namespace cpu;
+using at::BFloat16;
+using at::Tensor;
+
+constexpr int64_t NARROW = 64, WIDE = 128;  // a block of scores: forward has 64 queries × 128 keys, backward the reverse
+
+struct Sizes {
+  int64_t B, S, H, N, R, V, P;
+  int64_t Q() const { return N + R; }
+  int64_t ld() const { return P + 16; }  // of what is transposed: not a power of two, for the cache's sake
+};
+
+Sizes sizes_of(const Tensor& q_up, const Tensor& kv_up, const Tensor& k_rope, int64_t heads) {
+  const int64_t R = k_rope.size(2), N = q_up.size(2) / heads - R;
+  return {q_up.size(0), q_up.size(1), heads, N, R, kv_up.size(2) / heads - N, round_up(q_up.size(1), WIDE)};
+}
+
+// Where the documents of a sequence lie: each position's document is [first, end).
+struct Documents {
+  const int64_t *first, *end;
+};
+
+// The angles of a sequence, [S, R / 2].
+struct Angles {
+  const float *cos, *sin;
+};
+
+// Turn the channel pairs of x [S, R] by the angles × direction, in place.
+void rotate(float* x, int64_t ld, const Angles& angles, const Sizes& z, float direction) {
+  const int64_t pairs = z.R / 2;
+  for (int64_t s = 0; s < z.S; ++s)
+    for (int64_t p = 0; p < pairs; ++p) {
+      float *pair = x + s * ld + 2 * p, even = pair[0], odd = pair[1];
+      const float cos = angles.cos[s * pairs + p], sin = direction * angles.sin[s * pairs + p];
+      pair[0] = even * cos - odd * sin;
+      pair[1] = even * sin + odd * cos;
+    }
+}
+
+// One head, as FP32 [P, ·] with zeros below row S.
+template <typename T>
+struct Head {
+  std::vector<float> q, k, v;
+
+  Head(const T* q_up, const T* kv_up, const T* k_rope, const Angles& angles, const Sizes& z, float scale)
+      : q(z.P * z.Q()), k(z.P * z.Q()), v(z.P * z.V) {
+    const int64_t Q = z.Q(), kv = z.N + z.V;
+    copy_rows(q_up, z.H * Q, q.data(), Q, z.S, Q, scale);
+    copy_rows(kv_up, z.H * kv, k.data(), Q, z.S, z.N);
+    copy_rows(k_rope, z.R, k.data() + z.N, Q, z.S, z.R);
+    copy_rows(kv_up + z.N, z.H * kv, v.data(), z.V, z.S, z.V);
+    rotate(q.data() + z.N, Q, angles, z, 1);
+    rotate(k.data() + z.N, Q, angles, z, 1);
+  }
+};
+
+std::vector<float> transposed(const std::vector<float>& x, int64_t width, const Sizes& z) {
+  std::vector<float> result(width * z.ld());
+  transpose(x.data(), width, result.data(), z.ld(), z.P, width);
+  return result;
+}
+
+// Softmax in place over row[low, high), zeros in the rest of row[0, size); returns log Σ exp.
+float softmax(float* row, int64_t low, int64_t high, int64_t size) {
+  std::fill(row, row + low, 0.f);
+  std::fill(row + high, row + size, 0.f);
+  if (low >= high) return 0;
+  float* const from = row + low;
+  const int64_t n = high - low;
+  const float max = at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, from, n);
+  at::vec::map<float>([max](Vec x) { return (x - Vec(max)).exp_u20(); }, from, from, n);
+  const float sum = at::vec::reduce_all<float>([](Vec a, Vec b) { return a + b; }, from, n);
+  const Vec share(1 / sum);
+  at::vec::map<float>([share](Vec x) { return x * share; }, from, from, n);
+  return max + std::log(sum);
+}
+
+// out [S, V] with rows ld apart, and lse [S].
+template <typename T>
+void forward_head(const Head<T>& head, const Documents& documents, const Sizes& z, T* out, int64_t ld_out, float* lse) {
+  const int64_t Q = z.Q(), ld = z.ld();
+  const std::vector<float> k_t = transposed(head.k, Q, z);
+  std::vector<float> scores(NARROW * ld), sums(NARROW * z.V);
+  for (int64_t row = 0; row < z.S; row += NARROW) {
+    const int64_t rows = std::min(NARROW, z.S - row);
+    const int64_t first = documents.first[row] / WIDE * WIDE, end = round_up(row + rows, WIDE);
+    for (int64_t key = first; key < end; key += WIDE)
+      multiply(NARROW, WIDE, Q, &head.q[row * Q], Q, &k_t[key], ld, &scores[key - first], ld, false);
+    for (int64_t r = 0; r < NARROW; ++r) {
+      const int64_t low = r < rows ? documents.first[row + r] - first : 0, high = r < rows ? row + r + 1 - first : 0;
+      const float value = softmax(&scores[r * ld], low, high, end - first);
+      if (r < rows) lse[row + r] = value;
+    }
+    for (int64_t key = first; key < end; key += WIDE)
+      multiply(NARROW, z.V, WIDE, &scores[key - first], ld, &head.v[key * z.V], z.V, sums.data(), z.V, key > first);
+    copy_rows(sums.data(), z.V, out + row * ld_out, ld_out, rows, z.V);
+  }
+}
+
+// The block's scores → probabilities p and their gradients (in dp), both [64 keys, 128 queries]; zero where masked.
+void differentiate(float* p, float* dp, int64_t key, int64_t row, const Documents& documents, const Sizes& z,
+                   const float* lse, const float* delta) {
+  for (int64_t k = 0; k < NARROW; ++k, p += WIDE, dp += WIDE) {
+    const int64_t position = key + k;
+    const bool real = position < z.S;
+    const int64_t low = real ? std::clamp<int64_t>(position - row, 0, WIDE) : 0;
+    const int64_t high = real ? std::clamp<int64_t>(documents.end[position] - row, low, WIDE) : 0;
+    for (float* x : {p, dp}) {
+      std::fill(x, x + low, 0.f);
+      std::fill(x + high, x + WIDE, 0.f);
+    }
+    for (int64_t r = low; r < high; r += Vec::size()) {
+      const int64_t n = std::min<int64_t>(Vec::size(), high - r);
+      const Vec share = (Vec::loadu(p + r, n) - Vec::loadu(lse + row + r, n)).exp_u20();
+      share.store(p + r, static_cast<int>(n));
+      (share * (Vec::loadu(dp + r, n) - Vec::loadu(delta + row + r, n))).store(dp + r, static_cast<int>(n));
+    }
+  }
+}
+
+// Gradients of q (transposed), k and v of one head, all FP32.
+struct HeadGrads {
+  std::vector<float> dq_t, dk, dv;
+};
+
+template <typename T>
+HeadGrads backward_head(const Head<T>& head, const std::vector<float>& dout, const Documents& documents, const Sizes& z,
+                        const float* lse, const float* delta) {
+  const int64_t Q = z.Q(), V = z.V, ld = z.ld();
+  const std::vector<float> q_t = transposed(head.q, Q, z), k_t = transposed(head.k, Q, z);
+  const std::vector<float> dout_t = transposed(dout, V, z);
+  HeadGrads grads{std::vector<float>(Q * ld), std::vector<float>(z.P * Q), std::vector<float>(z.P * V)};
+  std::vector<float> p(NARROW * WIDE), ds(NARROW * WIDE);
+  for (int64_t key = 0; key < z.S; key += NARROW) {
+    const int64_t end = documents.end[std::min(key + NARROW, z.S) - 1];
+    for (int64_t row = key / WIDE * WIDE; row < end; row += WIDE) {
+      multiply(NARROW, WIDE, Q, &head.k[key * Q], Q, &q_t[row], ld, p.data(), WIDE, false);
+      multiply(NARROW, WIDE, V, &head.v[key * V], V, &dout_t[row], ld, ds.data(), WIDE, false);
+      differentiate(p.data(), ds.data(), key, row, documents, z, lse, delta);
+      multiply(NARROW, V, WIDE, p.data(), WIDE, &dout[row * V], V, &grads.dv[key * V], V, true);
+      multiply(NARROW, Q, WIDE, ds.data(), WIDE, &head.q[row * Q], Q, &grads.dk[key * Q], Q, true);
+      multiply(Q, WIDE, NARROW, &k_t[key], ld, ds.data(), WIDE, &grads.dq_t[row], ld, true);
+    }
+  }
+  return grads;
+}
+
+// The operands of one call, and where those of a task (a head of a sequence) begin.
+template <typename T>
+struct Call {
+  Sizes z;
+  const T *q_up, *kv_up, *k_rope;
+  const float *cos, *sin;
+  const int64_t *first, *end;
+  float scale;
+
+  Call(const Tensor& q, const Tensor& kv, const Tensor& rope, const Tensor& cosines, const Tensor& sines,
+       const Tensor& firsts, const Tensor& ends, int64_t heads, double factor)
+      : z(sizes_of(q, kv, rope, heads)), q_up(q.const_data_ptr<T>()), kv_up(kv.const_data_ptr<T>()),
+        k_rope(rope.const_data_ptr<T>()), cos(cosines.const_data_ptr<float>()), sin(sines.const_data_ptr<float>()),
+        first(firsts.const_data_ptr<int64_t>()), end(ends.const_data_ptr<int64_t>()),
+        scale(static_cast<float>(factor)) {}
+
+  int64_t start(int64_t task) const { return task / z.H * z.S; }
+  int64_t number(int64_t task) const { return task % z.H; }
+  Documents documents(int64_t task) const { return {first + start(task), end + start(task)}; }
+  Angles angles(int64_t task) const { return {cos + start(task) * z.R / 2, sin + start(task) * z.R / 2}; }
+  // Of a tensor [B, S, H · width], the head's first row.
+  template <typename U>
+  U* of(U* x, int64_t task, int64_t width) const {
+    return x + start(task) * z.H * width + number(task) * width;
+  }
+  Head<T> head(int64_t task) const {
+    return {of(q_up, task, z.Q()), of(kv_up, task, z.N + z.V), k_rope + start(task) * z.R, angles(task), z, scale};
+  }
+};
+
+template <typename T>
+void forward(const Call<T>& call, T* out, float* lse) {
+  const Sizes& z = call.z;
+  at::parallel_for(0, z.B * z.H, 1, [&](int64_t begin, int64_t stop) {
+    for (int64_t task = begin; task < stop; ++task)
+      forward_head(call.head(task), call.documents(task), z, call.of(out, task, z.V), z.H * z.V, lse + task * z.S);
+  });
+}
+
+// dk_rope [B, H, S, R]: each head's part, still turned.
+template <typename T>
+void backward(const Call<T>& call, const T* dout, const T* out, const float* lse, T* dq_up, T* dkv_up, float* dk_rope) {
+  const Sizes& z = call.z;
+  const int64_t Q = z.Q(), V = z.V, kv = z.N + V;
+  at::parallel_for(0, z.B * z.H, 1, [&](int64_t begin, int64_t stop) {
+    for (int64_t task = begin; task < stop; ++task) {
+      std::vector<float> dy(z.P * V), delta(z.P);
+      copy_rows(call.of(dout, task, V), z.H * V, dy.data(), V, z.S, V);
+      for (int64_t s = 0; s < z.S; ++s)
+        for (int64_t c = 0; c < V; ++c)
+          delta[s] += dy[s * V + c] * static_cast<float>(call.of(out, task, V)[s * z.H * V + c]);
+      Head<T> head = call.head(task);
+      const HeadGrads grads = backward_head(head, dy, call.documents(task), z, lse + task * z.S, delta.data());
+      std::vector<float>& dq = head.q;  // no longer needed itself
+      transpose(grads.dq_t.data(), z.ld(), dq.data(), Q, Q, z.P);
+      rotate(dq.data() + z.N, Q, call.angles(task), z, -1);
+      copy_rows(dq.data(), Q, call.of(dq_up, task, Q), z.H * Q, z.S, Q, call.scale);
+      copy_rows(grads.dk.data(), Q, call.of(dkv_up, task, kv), z.H * kv, z.S, z.N);
+      copy_rows(grads.dk.data() + z.N, Q, dk_rope + task * z.S * z.R, z.R, z.S, z.R);
+      copy_rows(grads.dv.data(), V, call.of(dkv_up, task, kv) + z.N, z.H * kv, z.S, V);
+    }
+  });
+}
+
+// (out [B, S, H · V] in the dtype of the heads, lse [B, H, S]).
+std::tuple<Tensor, Tensor> attend(const Tensor& q_up, const Tensor& kv_up, const Tensor& k_rope, const Tensor& cos,
+                                  const Tensor& sin, const Tensor& first, const Tensor& end, int64_t heads,
+                                  double scale) {
+  const Sizes z = sizes_of(q_up, kv_up, k_rope, heads);
+  Tensor out = at::empty({z.B, z.S, heads * z.V}, q_up.options());
+  Tensor lse = at::empty({z.B, heads, z.S}, cos.options());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Call<T> call(q_up, kv_up, k_rope, cos, sin, first, end, heads, scale);
+    forward(call, out.data_ptr<T>(), lse.data_ptr<float>());
+  };
+  q_up.scalar_type() == at::kBFloat16 ? run(BFloat16()) : run(float());
+  return {out, lse};
+}
+
+// Gradients of q_up, kv_up, and of k_rope by heads [B, H, S, R], in FP32 and still turned.
+std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout, const Tensor& out, const Tensor& lse,
+                                                   const Tensor& q_up, const Tensor& kv_up, const Tensor& k_rope,
+                                                   const Tensor& cos, const Tensor& sin, const Tensor& first,
+                                                   const Tensor& end, int64_t heads, double scale) {
+  Tensor dq_up = at::empty_like(q_up), dkv_up = at::empty_like(kv_up);
+  Tensor dk_rope = at::empty({q_up.size(0), heads, q_up.size(1), k_rope.size(2)}, cos.options());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Call<T> call(q_up, kv_up, k_rope, cos, sin, first, end, heads, scale);
+    backward(call, dout.const_data_ptr<T>(), out.const_data_ptr<T>(), lse.const_data_ptr<float>(), dq_up.data_ptr<T>(),
+             dkv_up.data_ptr<T>(), dk_rope.data_ptr<float>());
+  };
+  q_up.scalar_type() == at::kBFloat16 ? run(BFloat16()) : run(float());
+  return {dq_up, dkv_up, dk_rope};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(deepseek_cpu, library) {
+  library.def("attend", &attend);
+  library.def("attend_backward", &attend_backward);
+}

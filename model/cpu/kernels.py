@@ -1,0 +1,51 @@
+"""Our C++ kernels for CPUs with AVX-512 (`compile=on`): built when first asked for, then kept in torch's folder of
+extensions (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`), whose lock makes other ranks wait.
+
+They call oneDNN's product of one tile, which torch exports, from each thread for itself. A product that two threads
+share, as torch's and oneDNN's own calls do it, waits for the slower of them every fifty microseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "deepseek_cpu"
+FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+DEFINES = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")  # of torch's vectors, ATen/cpu/vec
+COMPILER = "c++"
+
+
+def suits(x: Tensor) -> bool:
+    """Whether the kernels take this tensor: FP32 or BF16 on a CPU with AVX-512, in a torch with oneDNN."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _suits_here()
+
+
+@cache
+def _suits_here() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
+def kernels() -> Any:
+    """`torch.ops.deepseek_cpu`, with the operators that the C++ files define at their ends.
+
+    Raises RuntimeError if there is no C++ compiler, or if it fails.
+    """
+    if shutil.which(COMPILER) is None:
+        raise RuntimeError(f"compile=on needs a C++ compiler, and there is no {COMPILER!r}; install g++, or compile=off")
+    from torch.utils.cpp_extension import load
+
+    folder = Path(__file__).parent
+    sources = sorted(folder.glob("*.cpp"))
+    content = b"".join(path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h"))))
+    name = f"{NAMESPACE}_{hashlib.sha256(content).hexdigest()[:12]}"  # so two versions can be used side by side
+    flags = [*FLAGS, *DEFINES]
+    load(name, [str(path) for path in sources], flags, extra_ldflags=["-fopenmp"], is_python_module=False)
+    return getattr(torch.ops, NAMESPACE)

@@ -1,0 +1,41 @@
+// What the kernels of this folder share: moving rows between memory and the FP32 tiles that they work on.
+//
+// All products are `brgemm`, oneDNN's kernel for one tile as torch exports it: C [M, N] = A [M, K] · B [K, N], row by
+// row, on the calling thread. It generates code for each new shape, so shapes are kept few: tiles at an edge are padded.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace cpu {
+
+using Vec = at::vec::Vectorized<float>;
+
+inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// C [M, N] = A · B, or += if `add`.
+inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                     int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c);
+}
+
+// dst [rows, width] = scale · src, to or from FP32.
+template <typename From, typename To>
+void copy_rows(const From* src, int64_t ld_src, To* dst, int64_t ld_dst, int64_t rows, int64_t width, float scale = 1) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < width; ++c)
+      dst[r * ld_dst + c] = static_cast<To>(scale * static_cast<float>(src[r * ld_src + c]));
+}
+
+inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
+  at::vec::transpose_mxn<float>(src, ld_src, dst, ld_dst, static_cast<int>(rows), static_cast<int>(columns));
+}
+
+}  // namespace cpu
