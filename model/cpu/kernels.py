@@ -39,7 +39,7 @@ def kernels() -> Any:
     Raises RuntimeError if there is no C++ compiler, or if it fails.
     """
     if shutil.which(COMPILER) is None:
-        raise RuntimeError(f"compile=on needs a C++ compiler, and there is no {COMPILER!r}; install g++, or compile=off")
+        raise RuntimeError(f"compile=on needs a C++ compiler, and there is no {COMPILER!r}: install g++, or use off")
     from torch.utils.cpp_extension import load
 
     folder = Path(__file__).parent
