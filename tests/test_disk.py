@@ -12,8 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from parallel.fragments import Fragment
+from parallel.mesh import Layout, Mesh
+from parallel.saved import CheckpointError, RunState
 from tests.job import Job, checkpoints, losses, write_text
+from training.checkpoint_writer import CheckpointWriter
 from training.run_dir import check_writable
 
 LOOP = "steps=60 save_every=4 eval_every=60 sample_tokens=0 logger=none"
@@ -62,6 +67,19 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(disk: Path, leave: int
     with Job(disk, "full", f"{LOOP} steps={newest + 2}") as job:
         job.finish()
     assert sorted(losses(run_dir)["train/loss"]) == list(range(1, newest + 3)), "no step may be missing or doubled"
+
+
+@needs_root
+@pytest.mark.parametrize("leave", [0, 1000, 65536, 1 << 20])
+def test_a_save_without_room_says_so(disk: Path, leave: int) -> None:
+    """Whatever torch's writer says of it, which depends on the byte at which the disk is full."""
+    writer = CheckpointWriter(disk / "checkpoints", Mesh(Layout(1, 1, 1), 0, None, None, None, None, None), keep_last=1)
+    (disk / "checkpoints").mkdir()
+    fill(disk, leave)
+    writer.save(RunState(1, 4, 40, 1, {}, "id", 1), [Fragment("w", (1 << 20,), 0, torch.ones(1 << 20))])
+    with pytest.raises(CheckpointError, match=r"No space left on device"):
+        writer.close()
+    assert list((disk / "checkpoints").iterdir()) == []
 
 
 @needs_root

@@ -86,10 +86,11 @@ class CheckpointWriter:
             tables = self._together(lambda: {path.name: digest(path) for path in writing.glob(mine)})
             entries = {name: entry for table in tables for name, entry in table.items()}
             self._together(lambda: self._finish(state, writing, target, entries) if first else None)
-        except Exception:
+        except Exception as error:
+            reason = f"{error}{_lack_of_room(self.folder, fragments)}"
             if first:
                 shutil.rmtree(writing, ignore_errors=True)  # a full disk has better use for the room
-            raise
+            raise CheckpointError(reason) from error
         return time.perf_counter() - started
 
     def _finish(self, state: RunState, writing: Path, target: Path, entries: dict[str, Entry]) -> None:
@@ -121,6 +122,13 @@ class CheckpointWriter:
         values: list[Any] = [None] * self._mesh.layout.world
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _lack_of_room(folder: Path, fragments: Iterable[Fragment]) -> str:
+    """What to add to the error of a failed save if the disk is too full for it: torch's writer names no reason, only
+    that it stands at another byte than it thought."""
+    free, needed = shutil.disk_usage(folder).free, sum(f.values.nbytes for f in fragments)
+    return f" (No space left on device: {free:,} bytes are free, this rank saves {needed:,})" if free < needed else ""
 
 
 def _make_anew(folder: Path) -> None:
