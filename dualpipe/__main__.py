@@ -243,8 +243,9 @@ examples: python -m dualpipe search --ranks 4 --micro-batches 12 --forward 1.1,1
 
 
 def _search(args: argparse.Namespace) -> None:
-    if args.ranks < 1 or args.effort < 1:
-        raise ValueError(f"--ranks {args.ranks} and --effort {args.effort} must be at least 1")
+    for option, value in (("--ranks", args.ranks), ("--effort", args.effort)):
+        if value < 1:
+            raise ValueError(f"{option} {value} must be at least 1")
     costs = costs_from(args, 2 * args.ranks if stages_listed(args) == 2 * args.ranks else args.ranks)
     found = search(
         args.ranks,

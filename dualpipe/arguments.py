@@ -41,6 +41,9 @@ def add_size(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
 
 def schedule_from(args: argparse.Namespace) -> Schedule:
     if args.csv is None:
+        for option, value in (("--ranks", args.ranks), ("--micro-batches", args.micro_batches)):
+            if value < 1:
+                raise ValueError(f"{option} {value} must be at least 1")
         return make_schedule(args.schedule, args.ranks, args.micro_batches, **dict(map(_option, args.option)))
     try:
         text = Path("/dev/stdin" if args.csv == "-" else args.csv).read_text(encoding="utf-8")

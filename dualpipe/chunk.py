@@ -154,7 +154,8 @@ class Chunk:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The stage's results, taken out of the chunk; waits for them if they are still under way."""
-        names = outputs_of(sum(name.startswith("out") for s in self.segments for name in s.writes))
+        written = {name for s in self.segments for name in s.writes}
+        names = tuple(name for name in outputs_of(len(written)) if name in written)
         values = tuple(self._read(name) for name in names)
         for name in names:
             del self._values[name]

@@ -207,6 +207,9 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
     if kind not in ("default", "yarn"):
         raise ValueError(f"config.json: rope type {kind!r} is not supported; only yarn is")
     if kind == "yarn":
+        for key in ("factor", "original_max_position_embeddings"):
+            if not rope.get(key):
+                raise ValueError(f"config.json: rope scaling of type yarn without {key} is not supported")
         config.rope_factor = float(rope["factor"])
         config.rope_original_length = int(rope["original_max_position_embeddings"])
         config.rope_beta_fast = float(rope.get("beta_fast") or 32)

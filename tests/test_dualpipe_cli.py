@@ -69,6 +69,9 @@ def test_validate_accepts_a_csv_and_names_a_fault(tmp_path: Path, capsys: pytest
         (["simulate", "--schedule", "zb1p", "--weights", "3"], "--weights 3 is more than --backward 2"),
         (["simulate", "--schedule", "zb1p", "--latency", "-1"], "at least 0; got -1.0"),
         (["compare", "--ranks", "0"], "--ranks 0"),
+        (["show", "--schedule", "dualpipe", "--ranks", "0"], "--ranks 0 must be at least 1"),
+        (["simulate", "--schedule", "zbv", "--micro-batches", "-1"], "--micro-batches -1 must be at least 1"),
+        (["search", "--ranks", "0"], "--ranks 0 must be at least 1"),
     ],
 )
 def test_bad_input_gives_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

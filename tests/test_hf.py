@@ -20,7 +20,7 @@ from benchmarks.peer import our_model, weights_of
 from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.fp8.quantize import quantize_blocks
-from model.hf import entries
+from model.hf import entries, from_hf_config, to_hf_config
 from model.hf_files import FormatError, PublicCheckpoint, write_checkpoint
 from model.names import named_routers
 
@@ -243,3 +243,12 @@ def test_memory_stays_below_twice_the_largest_shard(tmp_path: Path, variant: str
     assert shards >= 4
     assert written < 2 * largest
     assert read < 2 * largest
+
+
+def test_yarn_without_its_numbers_is_refused() -> None:
+    config = replace(CONFIG, rope_factor=4.0, rope_original_length=32)
+    for key in ("factor", "original_max_position_embeddings"):
+        values = to_hf_config(config, "float32", 64)
+        del values["rope_scaling"][key]
+        with pytest.raises(ValueError, match=f"of type yarn without {key}"):
+            from_hf_config(values)

@@ -48,9 +48,9 @@ def run(lanes: Any, log: list[str]) -> torch.Tensor:
         return x * 1
 
     segments = [
-        compute("first", ("in0",), ("a",), first),
-        communicate("move", ("a",), ("b",), Op(log)),
-        compute("beside", ("a",), ("c",), beside),
+        compute("first", ("in0",), ("outer",), first),  # a name that only begins like an output
+        communicate("move", ("outer",), ("b",), Op(log)),
+        compute("beside", ("outer",), ("c",), beside),
         compute("second", ("b",), ("d",), second),
         compute("end", ("c", "d"), ("out0",), lambda c, d: c + d),
     ]
