@@ -42,10 +42,6 @@ class MicroBatch:
     sequence_scale: float = 0.0
 
     @property
-    def num_tokens(self) -> int:
-        return self.tokens_BS.numel()
-
-    @property
     def num_targets(self) -> int:
         return int((self.targets_BS != IGNORE).sum())
 

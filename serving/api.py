@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.sampling import Sampling
 from serving.admission import Refused
@@ -32,12 +32,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _WITHOUT_MEANING = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """Fields of which null means the same as absence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
+
+
+class StreamOptions(Fields):
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
 
 
-class Body(BaseModel):
+class Body(Fields):
     """What completions and chat have in common."""
 
     model_config = ConfigDict(extra="allow")

@@ -201,14 +201,3 @@ class Engine:
         added = tuple(s.tokens[first:])
         self.counters.made += len(added)
         return Event(s.request.id, added, s.finish)
-
-
-def run_alone(engine: Engine, request: Request) -> list[int]:
-    """All tokens of one request."""
-    engine.add(request)
-    tokens: list[int] = []
-    with torch.inference_mode():
-        while not engine.idle:
-            for event in engine.step():
-                tokens += event.tokens
-    return tokens

@@ -37,18 +37,26 @@ class PrefillEngine(Engine):
         return not (self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[Event]:
-        """As `Engine.step`. A sequence that does not end with its first token is parked."""
+        """As `Engine.step`. A sequence that does not end with its first token is parked.
+
+        After a step that failed it may have lost its pages: then its tokens are told when it has been read again.
+        """
         events: dict[str, Event] = {}
         for event in super().step():  # two of one request if the step before has failed after its first token
             before = events[event.id].tokens if event.id in events else ()
             events[event.id] = Event(event.id, (*before, *event.tokens), event.finish)
+        told: list[Event] = []
         for event in events.values():
             if event.finish is None:
                 sequence = self._sequences[event.id]
+                if sequence.pending > 1:
+                    self._events.append(event)
+                    continue
                 self.scheduler.running.remove(sequence)
                 sequence.draft = None
                 self.parked[event.id] = sequence
-        return list(events.values())
+            told.append(event)
+        return told
 
     def cancel(self, id: str) -> None:
         with self._lock:

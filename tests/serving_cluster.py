@@ -23,8 +23,9 @@ from model.config import ModelConfig
 from model.hf_files import write_checkpoint
 from model.sampling import Sampling
 from parallel.whole import empty_model, load_whole_model
-from serving.engine import CacheSize, Engine, run_alone
+from serving.engine import CacheSize, Engine
 from serving.sequence import Request
+from tests.alone import run_alone
 from tests.job import ROOT
 from tests.test_decode import CONFIG
 

@@ -7,8 +7,8 @@ import torch
 
 from model.sampling import DRAFT, Sampling, draw, probabilities, uniform
 from serving.drafts import verify
-from serving.engine import run_alone
 from serving.sequence import Draft, Request
+from tests.alone import run_alone
 from tests.test_engine import MODEL, alone, engine
 
 

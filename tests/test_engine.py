@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from model.sampling import Sampling
 from serving.admission import Busy, Refused
-from serving.engine import CacheSize, Engine, run_alone
+from serving.engine import CacheSize, Engine
 from serving.pages import PagePool
 from serving.scheduler import Limits, Scheduler
 from serving.sequence import Request, Sequence
+from tests.alone import run_alone
 from tests.test_decode import CONFIG, model_of, training_logits
 
 MAX = 64

@@ -19,10 +19,11 @@ from model.names import named_tensors
 from model.sampling import Sampling
 from model.stage import ModelStage
 from parallel.whole import empty_model
-from serving.engine import CacheSize, Engine, run_alone
+from serving.engine import CacheSize, Engine
 from serving.expert_server import ExpertServerOptions, check, main
 from serving.sequence import Request
 from serving.tokenizers import Bytes
+from tests.alone import run_alone
 from tests.test_decode import CONFIG
 
 MODEL = replace(CONFIG, vocab_size=257)

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from model.sampling import Sampling
 from serving.admission import Refused
 from serving.drafts import propose
-from serving.engine import CacheSize, Engine, run_alone
+from serving.engine import CacheSize, Engine
 from serving.handover import HandoverError, LinkEnd, Pair, receive_cache, send_cache, send_nothing
 from serving.scheduler import Limits
 from serving.sequence import Request, Sequence
 from serving.sides import DecodeEngine, PrefillEngine
+from tests.alone import run_alone
 from tests.spawn import run_ranks
 from tests.test_decode import CONFIG, model_of
 from tests.test_engine import GREEDY, MAX, requests
@@ -224,6 +225,41 @@ def test_a_step_that_fails_after_its_tokens_loses_none(monkeypatch: pytest.Monke
     d.decoder.cache.put(there.slots[:4], e.decoder.cache.take(sequence.slots[:4]))
     d.adopt(there)
     assert [t for _ in range(18) for event in d.step() for t in event.tokens] == wanted[2:]
+
+
+def test_a_step_that_fails_and_a_sequence_that_then_loses_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token that it had made is told when the prompt has been read again, and then it leaves whole."""
+    request = Request("b", (5, 17, 40, 9), 20, GREEDY)
+
+    def failing(*arguments: object) -> bool:
+        raise RuntimeError("a peer is lost")
+
+    e = PrefillEngine(model_of(CONFIG, "fp32"), MAX, CacheSize(4, 4), Limits(2, 8), drafts=True)
+    e.add(Request("a", tuple(range(14)), 20, GREEDY))  # four pages in the end
+    e.add(request)
+    monkeypatch.setattr("serving.engine.propose", failing)
+    with pytest.raises(RuntimeError, match="a peer is lost"):
+        e.step()  # eight tokens of "a"
+    with pytest.raises(RuntimeError, match="a peer is lost"):
+        e.step()  # the rest of it, so its first token is made, and two tokens of "b"
+    assert [event.id for event in e._events] == ["a"]
+    victim = e._sequences["a"]
+    e.scheduler.running.remove(victim)  # as for one that came before it and needs its pages
+    e.pool.give(victim.drop_pages())
+    e.scheduler.waiting.append(victim)
+    monkeypatch.undo()
+    told = []
+    for _ in range(6):
+        for event in e.step():
+            told.append(event.id)
+            sequence = e.leave(event.id)
+            assert sequence is not None
+            assert sequence.cached == len(sequence.tokens) - 1
+            e.release(sequence)
+            whole = run_alone(Engine(model_of(CONFIG, "fp32"), MAX, CacheSize(64, 4)), sequence.request)
+            assert list(event.tokens) == whole[: len(event.tokens)] == sequence.tokens[len(sequence.request.prompt) :]
+    assert told == ["b", "a"]
+    assert e.pool.used == 0
 
 
 def test_a_request_that_is_cancelled_after_a_failed_step_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

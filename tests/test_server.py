@@ -21,7 +21,7 @@ from model.sampling import Sampling
 from parallel.whole import empty_model
 from serving.api import ChatBody, ChatMessage, chat
 from serving.app import create_app
-from serving.engine import CacheSize, Engine, run_alone
+from serving.engine import CacheSize, Engine
 from serving.guard import ServerSettings, settings_of
 from serving.scheduler import Limits
 from serving.sequence import Request
@@ -29,6 +29,7 @@ from serving.server import main
 from serving.server_options import ServerOptions
 from serving.tokenizers import Bytes
 from serving.worker import Worker
+from tests.alone import run_alone
 from tests.test_decode import CONFIG
 
 KEY = "sesame"
@@ -159,6 +160,23 @@ def test_a_bad_request_is_refused_with_its_reason(running: Running, reason: str)
     assert response.status_code == 400, response.text
     assert reason in response.json()["error"]["message"]
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_null_is_as_good_as_absent(running: Running) -> None:
+    """As in OpenAI's own servers, which some clients rely on."""
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    nothing = dict.fromkeys(("n", "stream", "stream_options", "top_k", "top_p", "seed", "stop", "logprobs", "user"))
+    plain, nulls = (running.http.post("/v1/completions", json=json) for json in (body, {**body, **nothing}))
+    assert nulls.status_code == 200, nulls.text
+    assert nulls.json()["choices"] == plain.json()["choices"]
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": None}}
+    assert running.http.post("/v1/completions", json=streamed).text.endswith("data: [DONE]\n\n")
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 6, **nothing}
+    assert running.http.post("/v1/chat/completions", json=chat).status_code == 200
+    unknown = running.http.post("/v1/completions", json={**body, "colour": None})
+    assert (unknown.status_code, "'colour' is unknown" in unknown.text) == (400, True)
+    required = running.http.post("/v1/completions", json={**body, "prompt": None})
+    assert (required.status_code, "prompt: Field required" in required.text) == (400, True)
 
 
 def test_other_refusals(running: Running) -> None:
