@@ -7,7 +7,7 @@
 
 One process, two threads; the same configuration, weights, tokens and AdamW (torch's fused one). Ours and the peer's
 steps are taken in turns, and the medians are compared. A step is forward, backward and optimizer. Freed memory is kept
-(training/allocator.py), as train.py does: without it the peer, which allocates more, pays for what is in the process.
+(model/cpu/allocator.py), as train.py does: without it the peer, which allocates more, pays for what is in the process.
 
     fp32   both compute in FP32
     bf16   ours: FP32 masters, BF16 products. The peer twice: the same under autocast, and with all of it in BF16
@@ -42,12 +42,12 @@ from benchmarks.peer import our_model, peer_model, weights_of
 from benchmarks.report import RESULTS, Row, publish
 from model.batch import MicroBatch
 from model.config import ModelConfig
+from model.cpu.allocator import keep_freed_memory
 from model.describe import attention_flops, count_parameters
 from model.names import named_routers
 from model.products import product
 from model.router import Router
 from model.stage import ModelStage
-from training.allocator import keep_freed_memory
 
 THREADS = 2
 SMALL = ModelConfig(

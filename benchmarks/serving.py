@@ -2,11 +2,12 @@
 
     .venv/bin/python -m benchmarks.serving [--model small] [--batches 1,16]
 
-Both greedy, FP32, on two threads, in one process, one after the other in every round; the median of the rounds counts.
-The peer generates with its own cache (DynamicCache), and with the fastest of its ways to compute experts, tried first.
-Prefill is the time to one token each, decode that of the tokens after it. Every token of both is compared. Decode is
-also set beside the machine: a step reads each weight that its tokens use once, and the latents of all earlier tokens;
-their bytes over the bandwidth of reading memory, measured here too, is the least time of a step.
+All greedy, FP32, on two threads, in one process that keeps freed memory, one after the other in every round; the median
+of the rounds counts. Ours is measured without and with its C++ kernels (compile=on). The peer generates with its own
+cache (DynamicCache), and with the fastest of its ways to compute experts, tried first. Prefill is the time to one token
+each, decode that of the tokens after it. Every token of all is compared. Decode is also set beside the machine: a step
+reads each weight that its tokens use once, and the latents of all earlier tokens; their bytes over the bandwidth of
+reading memory, measured here too, is the least time of a step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.peer import weights_of
 from benchmarks.report import Row, publish
 from model.__main__ import load_preset
-from model.config import ModelConfig
+from model.cpu.kernels import suits
 from model.hf_files import write_checkpoint
 from model.sampling import Sampling
 from model.stage import ModelStage
 from parallel.whole import empty_model, load_whole_model
 from serving.engine import CacheSize, Engine
+from serving.load import use_cpu
 from serving.scheduler import Limits
 from serving.sequence import Request
 
@@ -120,12 +123,13 @@ def fastest_experts(peer: Any, prompts: Prompts) -> str:
     return best
 
 
-def measure(config: ModelConfig, model: ModelStage, peer: Any, batch: int, prompt: int, count: int, rounds: int
-            ) -> list[Row]:  # fmt: skip
+def measure(models: dict[str, ModelStage], peer: Any, batch: int, prompt: int, count: int, rounds: int) -> list[Row]:
+    """models: ours, by the value of `compile`."""
     generator = torch.Generator().manual_seed(batch)
     prompts: Prompts = torch.randint(0, 256, (batch, prompt), generator=generator).tolist()
     name = f"transformers, experts={fastest_experts(peer, prompts)}"
-    sides = {"ours": lambda n: ours(model, prompts, n), "theirs": lambda n: theirs(peer, prompts, n)}
+    sides: dict[str, Callable[[int], Prompts]] = {name: partial(ours, model, prompts) for name, model in models.items()}
+    sides["theirs"] = partial(theirs, peer, prompts)
     rates: dict[tuple[str, str], list[float]] = {}
     made: dict[str, Prompts] = {}
     for run in sides.values():  # the first time, libraries lay out weights and make kernels
@@ -136,16 +140,18 @@ def measure(config: ModelConfig, model: ModelStage, peer: Any, batch: int, promp
             whole, made[side] = seconds(lambda run=run: run(1 + count))  # type: ignore[misc]
             rates.setdefault((side, "prefill"), []).append(batch * prompt / first)
             rates.setdefault((side, "decode"), []).append(batch * count / (whole - first))
-    same = sum(a == b for a, b in zip(made["ours"], made["theirs"], strict=True))
-    print(f"batch {batch}: {same} of {batch} sequences have the same {1 + count} tokens")
-    case = f"{batch} × ({prompt} + {count}) tokens"
+    rows = []
     medians = {key: statistics.median(values) for key, values in rates.items()}
-    least = bytes_per_step(model, prompts, 1 + count) / bandwidth()
-    return [
-        *(Row(case, f"{what}, tokens/s", medians["ours", what], name, medians["theirs", what])
-          for what in ("prefill", "decode")),
-        Row(case, "decode, tokens/s", medians["ours", "decode"], "bytes read ÷ memory bandwidth", batch / least),
-    ]  # fmt: skip
+    least = bytes_per_step(models["off"], prompts, 1 + count) / bandwidth()
+    for compile in models:
+        same = sum(a == b for a, b in zip(made[compile], made["theirs"], strict=True))
+        print(f"batch {batch}, compile={compile}: {same} of {batch} sequences have the peer's {1 + count} tokens")
+        case = f"{batch} × ({prompt} + {count}) tokens, compile={compile}"
+        for what in ("prefill", "decode"):
+            rows.append(Row(case, f"{what}, tokens/s", medians[compile, what], name, medians["theirs", what]))
+        rows.append(Row(case, "decode, tokens/s", medians[compile, "decode"], "bytes read ÷ memory bandwidth",
+                        batch / least))  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -157,17 +163,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_cpu(options.threads)
     config = load_preset(options.model, {"init_std": 0.1})  # wide enough that tokens are not all the same
     with tempfile.TemporaryDirectory() as folder:
         weights = weights_of(empty_model(config, "fp32"))
         path = Path(folder) / "exported"
         write_checkpoint(path, config, lambda names: {n: weights[n] for n in names}, "fp32", 4096)
-        model = load_whole_model(path).stage
+        models = {"off": load_whole_model(path).stage}
+        if suits(torch.empty(0)):
+            models["on"] = load_whole_model(path, cpp=True).stage
         peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         rows = []
         for batch in (int(word) for word in options.batches.split(",")):
-            rows += measure(config, model, peer, batch, options.prompt, options.tokens, options.rounds)
+            rows += measure(models, peer, batch, options.prompt, options.tokens, options.rounds)
     publish(f"serving_{options.model}", rows)
 
 

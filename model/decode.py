@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model import fused
 from model.attention import LatentAttention
 from model.config import ModelConfig
 from model.latent_cache import LatentCache
@@ -54,11 +55,13 @@ class Group:
     rows_R     which of the T rows they are, sequence by sequence; R = B·n
     slots_BL   of all their tokens, short ones filled up with slot 0
     hidden_BnL which of these a new token may not see: later ones, and what is filled up
+    fresh      none of them has earlier tokens
     """
 
     rows_R: Tensor
     slots_BL: Tensor
     hidden_BnL: Tensor
+    fresh: bool
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,19 @@ def _group(pieces: Sequence[Piece], starts: Sequence[int], device: torch.device 
     slots = torch.nn.utils.rnn.pad_sequence([p.slots for p in pieces], batch_first=True)
     newest_Bn = past_B1 + torch.arange(n)
     hidden = torch.arange(length) > newest_Bn.unsqueeze(-1)
-    return Group(rows.flatten().to(device), slots.to(device), hidden.to(device))
+    fresh = not any(p.past for p in pieces)
+    return Group(rows.flatten().to(device), slots.to(device), hidden.to(device), fresh)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is looked at after the last layer: some rows of a batch, and these rows as a batch (None: there are none).
+
+    Of all other rows the last layer only writes the latents.
+    """
+
+    rows_W: Tensor
+    batch: DecodeBatch | None
 
 
 class Decoder:
@@ -135,18 +150,34 @@ class Decoder:
         counts = torch.zeros(sizes, dtype=torch.int64, device=self.device)
         self.loads: dict[str, Tensor] = {layer.label: row for layer, row in zip(moe, counts, strict=True)}
         self.absorbed = {layer.label: _up_projections(layer.attention, self.dtype) for layer in attending}
+        self.fused = fused.takes(stage.tools)
 
     def batch(self, pieces: Sequence[Piece]) -> DecodeBatch:
         return DecodeBatch.of(pieces, self.config, torch.promote_types(self.dtype, torch.float32), self.device)
 
+    def wanted(self, pieces: Sequence[Piece], counts: Sequence[int]) -> Wanted | None:
+        """The last counts[i] tokens of each piece; None if that is all of them."""
+        ends = 0
+        rows: list[int] = []
+        kept: list[Piece] = []
+        for piece, count in zip(pieces, counts, strict=True):
+            ends += len(piece.tokens)
+            if count:
+                rows += range(ends - count, ends)
+                kept.append(Piece(piece.tokens[-count:], piece.slots))
+        if len(rows) == ends:
+            return None
+        return Wanted(torch.tensor(rows, dtype=torch.int64, device=self.device), self.batch(kept) if kept else None)
+
     @torch.no_grad()
-    def forward(self, batch: DecodeBatch, hidden_TD: Tensor | None = None) -> Tensor:
+    def forward(self, batch: DecodeBatch, hidden_TD: Tensor | None = None, wanted: Wanted | None = None) -> Tensor:
         """[T, D]: what the last layer gives for the new tokens; on the last stage after the final norm.
 
         hidden_TD   what the stage before gave; the first stage embeds the tokens instead
+        wanted      on the last stage: rows without which the result can do [W, D]
         """
         h_TD = self.stage.embedding(batch.tokens_T) if hidden_TD is None else hidden_TD
-        (h_TD,) = take_turns([self.flow(self.layers, h_TD, batch)])
+        (h_TD,) = take_turns([self.flow(self.layers, h_TD, batch, wanted)])
         return self.stage.norm(h_TD) if self.stage.shape.is_last else h_TD
 
     @torch.no_grad()
@@ -196,10 +227,14 @@ class Decoder:
             return torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
         return self.stage.embedding(batch.tokens_T)
 
-    def flow(self, layers: Sequence[Layer], h_TD: Tensor, batch: DecodeBatch | None) -> Flow:
+    def flow(
+        self, layers: Sequence[Layer], h_TD: Tensor, batch: DecodeBatch | None, wanted: Wanted | None = None
+    ) -> Flow:
         """A micro-batch on its way through layers; stops wherever it has started a communication."""
         for layer in layers:
-            if batch is not None:
+            if batch is not None and wanted is not None and layer is layers[-1]:
+                h_TD = h_TD[wanted.rows_W] + self._attend(layer, layer.attention_norm(h_TD), batch, wanted)
+            elif batch is not None:
                 h_TD = h_TD + self._attend(layer, layer.attention_norm(h_TD), batch)
             if layer.is_moe:
                 x_TD = layer.mlp_norm(h_TD) if batch is not None else h_TD
@@ -213,6 +248,10 @@ class Decoder:
         scores_TE, experts_TK = layer.router.choose(x_TD)
         chosen = experts_TK.flatten()
         self.loads[layer.label].scatter_add_(0, chosen, torch.ones_like(chosen))
+        if self.fused and fused.holds_all_experts(layer):
+            shared = () if layer.shared is None else (layer.shared(x_TD),)
+            gates_TK = layer.router.gates(scores_TE, experts_TK)
+            return (*shared, fused.routed_experts(layer, x_TD, gates_TK, layer.slot_E[experts_TK]))
         exchange, chosen_TK = layer.tools.dispatcher.open(), layer.slot_E[experts_TK]
         sizes = self.start(f"{layer.label}.counts", lambda: exchange.counts.start(chosen_TK))
         gates_TK = layer.router.gates(scores_TE, experts_TK)
@@ -227,24 +266,52 @@ class Decoder:
         yield
         return (*shared, *coming.wait())
 
-    def _attend(self, layer: Layer, x_TD: Tensor, batch: DecodeBatch) -> Tensor:
+    def _attend(self, layer: Layer, x_TD: Tensor, batch: DecodeBatch, wanted: Wanted | None = None) -> Tensor:
+        """Write the latents of all rows; what attention adds to the residual stream of all rows, or the wanted ones."""
         c, attention = self.config, layer.attention
-        H, N, R = c.num_heads, c.head_dim, c.rope_dim
-        latent_q = attention.query_norm(attention.query_down(x_TD)) if c.query_rank else x_TD
-        high = torch.promote_types(self.dtype, torch.float32) if x_TD.device.type == "cpu" else self.dtype
-        q_THQ = attention.query_up(latent_q).to(high, copy=True).view(-1, H, N + R)
-        rotate_(q_THQ[..., N:], batch.cos.unsqueeze(1), batch.sin.unsqueeze(1))
-        q_THQ.mul_(attention.sizes.scale)
-        latent_kv, k_rope = attention.key_value_down(x_TD).split((c.key_value_rank, R), dim=-1)
-        k_rope = rotate_(k_rope.to(high, copy=True), batch.cos, batch.sin)
-        new_TC = torch.cat((attention.key_value_norm(latent_kv), k_rope.to(self.dtype)), -1)
+        latent_kv, k_rope = attention.key_value_down(x_TD).split((c.key_value_rank, c.rope_dim), dim=-1)
+        turned = rotate_(k_rope.to(self._high, copy=True), batch.cos, batch.sin)
+        new_TC = torch.cat((attention.key_value_norm(latent_kv), turned.to(self.dtype)), -1)
         self.cache.write(layer.label, batch.slots_T, new_TC)
-        if len(batch.groups) == 1:
-            return attention.output(self._attend_group(layer, q_THQ, batch.groups[0]).to(self.dtype))
-        out_TX = q_THQ.new_empty(len(x_TD), H * c.value_dim)
-        for group in batch.groups:
-            out_TX[group.rows_R] = self._attend_group(layer, q_THQ[group.rows_R], group)
-        return attention.output(out_TX.to(self.dtype))
+        if wanted is not None:
+            if wanted.batch is None:
+                return x_TD[:0]
+            batch, x_TD, new_TC, k_rope = wanted.batch, *(t[wanted.rows_W] for t in (x_TD, new_TC, k_rope))
+        latent_q = attention.query_norm(attention.query_down(x_TD)) if c.query_rank else x_TD
+        q_TX = attention.query_up(latent_q)
+        return attention.output(self._attend_groups(layer, q_TX, new_TC, k_rope, batch).to(self.dtype))
+
+    @property
+    def _high(self) -> torch.dtype:
+        """What queries are turned and scaled in, and scores computed: on a CPU at least FP32."""
+        return torch.promote_types(self.dtype, torch.float32) if self.device.type == "cpu" else self.dtype
+
+    def _attend_groups(
+        self, layer: Layer, q_TX: Tensor, new_TC: Tensor, k_rope_TR: Tensor, batch: DecodeBatch
+    ) -> Tensor:
+        """[T, H·V] from raw queries, new latents, and the keys' rotary parts before they were turned."""
+        sizes, only = layer.attention.sizes, len(batch.groups) == 1
+        at_once = [
+            self.fused and g.fresh and prefers_expanded(self.config, g.hidden_BnL.shape[1]) for g in batch.groups
+        ]
+        if not all(at_once):
+            q_THQ = q_TX.to(self._high, copy=True).view(-1, sizes.H, sizes.N + sizes.R)
+            rotate_(q_THQ[..., sizes.N :], batch.cos.unsqueeze(1), batch.sin.unsqueeze(1))
+            q_THQ.mul_(sizes.scale)
+        out_TX = q_TX.new_empty(0)
+        for group, whole in zip(batch.groups, at_once, strict=True):
+            rows = slice(None) if only else group.rows_R
+            if whole:
+                parts = (t[rows] for t in (q_TX, new_TC, k_rope_TR, batch.cos, batch.sin))
+                out = fused.attend_prompts(layer.attention, group.hidden_BnL.shape[1], *parts)
+            else:
+                out = self._attend_group(layer, q_THQ[rows], group)
+            if only:
+                return out
+            if not len(out_TX):
+                out_TX = out.new_empty(len(q_TX), out.shape[1])
+            out_TX[rows] = out
+        return out_TX
 
     def _attend_group(self, layer: Layer, q_RHQ: Tensor, group: Group) -> Tensor:
         """[R, H·V] of the rows of a group."""

@@ -26,6 +26,7 @@ class Toolbox:
     placement   by layer, the order in which its experts are dealt out to the ranks; a layer that is not in it deals
                 them out as 0, 1, 2, …
     compile   run norms and SwiGLU through torch.compile
+    cpp       generation in FP32 on a CPU uses the C++ kernels of model/cpu
     """
 
     precision: Precision
@@ -36,6 +37,7 @@ class Toolbox:
     balance: Balance = NO_BALANCE
     placement: Mapping[int, Sequence[int]] = field(default_factory=dict)
     compile: bool = False
+    cpp: bool = False
 
     def parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.param_dtype, device=self.device))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.balance import Counts, count, routing_loss, uniform_experts, with_gradient_of
 from model.config import ModelConfig
+from model.cpu.kernels import kernels, suits
 from model.layers import Linear, Toolbox
 from model.precision import CastPrecision
 
@@ -39,7 +40,7 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig, tools: Toolbox) -> None:
         super().__init__()
-        self.config, self.balance = config, tools.balance
+        self.config, self.balance, self.cpp = config, tools.balance, tools.cpp
         high = Toolbox(CastPrecision(tools.param_dtype), tools.queue, tools.dispatcher, tools.param_dtype, tools.device)
         self.linear = Linear(config.hidden_size, config.num_experts, high, "router")
         self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=tools.param_dtype, device=tools.device))
@@ -87,7 +88,11 @@ class Router(nn.Module):
         if self.balance.force == "uniform":
             sizes = (c.num_experts, c.experts_per_token, c.num_groups, c.groups_per_token)
             return uniform_experts(len(scores_TE), *sizes, scores_TE.device)
-        return choose_experts(scores_TE + self.bias_E, c.num_groups, c.groups_per_token, c.experts_per_token)
+        biased_TE, limits = scores_TE + self.bias_E, (c.num_groups, c.groups_per_token, c.experts_per_token)
+        if self.cpp and suits(biased_TE) and biased_TE.dtype == torch.float32:
+            chosen_TK: Tensor = kernels().choose_experts(biased_TE, *limits)
+            return chosen_TK
+        return choose_experts(biased_TE, *limits)
 
 
 def choose_experts(biased_TE: Tensor, groups: int, groups_per_token: int, experts_per_token: int) -> Tensor:

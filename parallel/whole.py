@@ -66,11 +66,15 @@ def find_model(path: Path, averaged: bool = False) -> FoundModel:
 
 
 def load_whole_model(
-    path: Path, precision: str = "fp32", device: str | torch.device = "cpu", averaged: bool = False
+    path: Path,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    averaged: bool = False,
+    cpp: bool = False,
 ) -> WholeModel:
-    """Find a model (see `find_model`) and load its weights, or the average of them."""
+    """Find a model (see `find_model`) and load its weights, or the average of them. cpp: as of `empty_model`."""
     found = find_model(path, averaged)
-    stage = empty_model(found.config, precision, device)
+    stage = empty_model(found.config, precision, device, cpp=cpp)
     load_into(found, stage, averaged)
     return WholeModel(stage, found.folder, found.max_length)
 
@@ -85,15 +89,21 @@ def load_into(found: FoundModel, stage: ModelStage, averaged: bool = False) -> N
 
 
 def empty_model(
-    config: ModelConfig, precision: str, device: str | torch.device = "cpu", seed: int = 0, with_experts: bool = True
+    config: ModelConfig,
+    precision: str,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    with_experts: bool = True,
+    cpp: bool = False,
 ) -> ModelStage:
     """The whole model as one stage with its initial weights. Raises ValueError for an unknown precision.
 
     with_experts   whether it has the routed experts; else its layers have none, for somebody who brings his own
+    cpp            generation uses our C++ kernels where they fit (model/cpu)
     """
     config.check()
     seam, dtype = make_precision(precision)
-    tools = Toolbox(seam, WeightGradQueue(), RoutedDispatcher(None, config.num_experts), dtype, device)
+    tools = Toolbox(seam, WeightGradQueue(), RoutedDispatcher(None, config.num_experts), dtype, device, cpp=cpp)
     experts = range(config.num_experts if with_experts else 0)
     stage = ModelStage(config, StageShape(range(config.num_layers), experts, True, True), tools, stage_types)
     initialise(stage, seed, config.init_std)

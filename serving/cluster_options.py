@@ -83,6 +83,8 @@ def check_cluster(options: ClusterOptions, world: int) -> None:
         raise ValueError(f"overlap_rows={o.overlap_rows} must be at least 1")
     if o.backend not in BACKENDS:
         raise ValueError(f"backend={o.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if o.compile not in ("on", "off"):
+        raise ValueError(f"compile={o.compile!r} is unknown; choose on or off")
     if o.timeout <= 0:
         raise ValueError(f"timeout={o.timeout} must be more than 0 seconds")
     if o.prefill_sequences < 1:

@@ -146,14 +146,10 @@ class Engine:
             if self.experts is not None:
                 self.decoder.join(self.drafts, parts)
             return
-        pieces = [Piece(w.read, w.sequence.slots[: w.sequence.cached + w.count]) for w in work]
-        if parts == 1:
-            hidden_TD = self.decoder.forward(self.decoder.batch(pieces))
-        else:
-            hidden_TD = self.decoder.forward_both([self.decoder.batch(h) if h else None for h in halves(pieces)])
         starts = [0, *accumulate(w.count for w in work)]
         before = [w.sequence.cached for w in work]
-        events = self._make_tokens(work, hidden_TD, starts)
+        hidden_TD, hidden_RD = self._forward(work, starts, parts)
+        events = self._make_tokens(work, hidden_RD)
         self.counters.steps += 1
         for event in events:
             if event.finish is not None:
@@ -165,23 +161,35 @@ class Engine:
             if not read and self.experts is not None:
                 self.decoder.join_draft()
 
-    def _make_tokens(self, work: list[Work], hidden_TD: Tensor, starts: list[int]) -> list[Event]:
-        """Take note of what was read, and make the next tokens where all was."""
-        ready: list[tuple[Sequence, int, bool]] = []  # sequence, row of its last token, whether a draft follows it
-        for w, start in zip(work, starts, strict=False):
-            s = w.sequence
-            has_draft = s.cached + w.count > len(s.tokens)
+    def _forward(self, work: list[Work], starts: list[int], parts: int) -> tuple[Tensor, Tensor]:
+        """Hidden states of all rows, where drafts want them, and of the R rows after which tokens are made."""
+        pieces = [Piece(w.read, w.sequence.slots[: w.sequence.cached + w.count]) for w in work]
+        counts = [1 + w.has_draft if w.at_end else 0 for w in work]
+        if parts == 1 and not self.drafts and self.experts is None:
+            hidden_RD = self.decoder.forward(self.decoder.batch(pieces), wanted=self.decoder.wanted(pieces, counts))
+            return hidden_RD, hidden_RD
+        if parts == 1:
+            hidden_TD = self.decoder.forward(self.decoder.batch(pieces))
+        else:
+            hidden_TD = self.decoder.forward_both([self.decoder.batch(h) if h else None for h in halves(pieces)])
+        rows = [row for end, count in zip(starts[1:], counts, strict=True) for row in range(end - count, end)]
+        return hidden_TD, hidden_TD[rows]
+
+    def _make_tokens(self, work: list[Work], hidden_RD: Tensor) -> list[Event]:
+        """Take note of what was read, and make the next tokens where all was; hidden_RD: after what they follow."""
+        ready: list[tuple[Sequence, bool]] = []  # and whether it had a draft
+        for w in work:
+            s, has_draft, at_end = w.sequence, w.has_draft, w.at_end
             self.counters.read += w.count if s.pending > 1 else 0
-            if w.at_end:
-                ready.append((s, start + w.count - 1 - has_draft, has_draft))
+            if at_end:
+                ready.append((s, has_draft))
             s.cached = min(s.cached + w.count, len(s.tokens))
         if not ready:
             return []
-        rows = [row + i for _, row, has_draft in ready for i in range(1 + has_draft)]
-        logits = self.decoder.logits(hidden_TD[rows])
-        sequences, indices = [s for s, *_ in ready], [s.made for s, *_ in ready]
+        logits = self.decoder.logits(hidden_RD)
+        sequences, indices = [s for s, _ in ready], [s.made for s, _ in ready]
         samplings = [s.request.sampling for s in sequences]
-        drafts = [s.draft if has_draft else None for s, _, has_draft in ready]
+        drafts = [s.draft if has_draft else None for s, has_draft in ready]
         if any(draft is not None for draft in drafts):
             made = verify(logits, samplings, indices, drafts)
             self.counters.drafted += sum(draft is not None for draft in drafts)

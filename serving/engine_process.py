@@ -27,7 +27,7 @@ from serving.engine import CacheSize, Engine, Event
 from serving.expert_parallel import load_experts
 from serving.expert_plan import ExpertSettings
 from serving.handover import Pair
-from serving.load import load_served, resolve_device, use_threads
+from serving.load import load_served, resolve_device, use_cpu, wants_kernels
 from serving.meeting import FRONT, meeting_store
 from serving.options import parse_options
 from serving.roles import Decode, Links, Prefill, Role, Whole
@@ -103,7 +103,7 @@ def make_engine(options: EngineOptions) -> Engine:
     o = options
     experts = None
     if o.ep(o.side) == 1:
-        model = load_served(o.checkpoint, o.precision, o.device, o.ema, o.max_length)
+        model = load_served(o.checkpoint, o.precision, o.device, o.ema, o.max_length, o.compile)
         stage, max_length = model.stage, model.max_length
     else:
         found = find_model(Path(o.checkpoint), o.ema)
@@ -113,7 +113,9 @@ def make_engine(options: EngineOptions) -> Engine:
             "hierarchical" if reads else "global", o.ranks_per_node,
             overlap_rows=o.overlap_rows if o.overlap else 0,
         )  # fmt: skip
-        experts = load_experts(found, o.precision, resolve_device(o.device), None, settings, o.ema)
+        device = resolve_device(o.device)
+        cpp = wants_kernels(o.compile, o.precision, device)
+        experts = load_experts(found, o.precision, device, None, settings, o.ema, cpp)
         stage, max_length = experts.stage, o.max_length or found.max_length
     if o.side == PREFILL:
         cache = CacheSize(o.prefill_cache_tokens // o.prefill_page_size, o.prefill_page_size)
@@ -138,7 +140,7 @@ def make_role(engine: Engine, options: EngineOptions, store: dist.Store, channel
 
 
 def serve(options: EngineOptions) -> None:
-    use_threads(options.threads)
+    use_cpu(options.threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     engine = make_engine(options)

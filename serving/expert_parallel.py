@@ -83,13 +83,15 @@ def load_experts(
     groups: ServingGroups | None,
     settings: ExpertSettings,
     averaged: bool = False,
+    cpp: bool = False,
 ) -> ExpertParallel:
     """A model of which this rank reads its own experts only. Collective, unless it has no groups yet.
 
+    cpp   our C++ kernels for what all ranks compute alike: attention, and the choice of experts
     Raises ValueError for settings that cannot be, FormatError or CheckpointError for what cannot be read.
     """
     settings.check(found.config.num_experts, 1 if groups is None else groups.size)
-    stage = empty_model(found.config, precision, device, with_experts=False)
+    stage = empty_model(found.config, precision, device, with_experts=False, cpp=cpp)
     load_into(found, stage, averaged)
     return ExpertParallel(stage, checkpoint_source(found, averaged), groups, settings)
 

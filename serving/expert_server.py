@@ -25,7 +25,7 @@ from serving.engine import CacheSize, Engine
 from serving.expert_groups import serving_groups
 from serving.expert_parallel import load_experts
 from serving.expert_plan import ExpertSettings
-from serving.load import resolve_device, use_threads
+from serving.load import resolve_device, use_cpu, wants_kernels
 from serving.options import parse_options, usage
 from serving.scheduler import Limits
 from serving.server_options import ServerOptions
@@ -59,14 +59,15 @@ def serve(options: ExpertServerOptions, rank: int, world: int) -> int:
     except ImportError as error:
         raise ValueError(f"the server needs more packages: pip install 'dualpipe-stack[serve]' ({error})") from error
     found, limits, cache = check(options, world)
-    use_threads(options.threads)
+    use_cpu(options.threads)
     device = resolve_device(options.device)
+    cpp = wants_kernels(options.compile, options.precision, device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=options.timeout)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     groups = serving_groups(range(world), timeout)
-    experts = load_experts(found, options.precision, device, groups, options.experts(), options.ema)
+    experts = load_experts(found, options.precision, device, groups, options.experts(), options.ema, cpp)
     engine = Engine(experts.stage, options.max_length or found.max_length, cache, limits, options.drafts, experts)
     settings = settings_of(options, Path(options.checkpoint).resolve().name)
     port = options.port + rank

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from model.sampling import Sampling
 from parallel.saved import CheckpointError
 from serving.engine import CacheSize, Engine
-from serving.load import ServedModel, load_served, use_threads
+from serving.load import ServedModel, load_served, use_cpu
 from serving.options import parse_options, usage
 from serving.sequence import Request
 from serving.text import TextStream
@@ -36,6 +36,7 @@ class GenerateOptions:
     precision: str = "fp32"  # fp32 | bf16 | fp64 | fp8
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads; 0 = torch's default
+    compile: str = "off"  # on: C++ kernels for FP32 on a CPU with AVX-512, built at the first start
     max_length: int = 0  # longest sequence, prompt and answer; 0 = as trained
 
 
@@ -55,8 +56,10 @@ def run(options: GenerateOptions) -> None:
     """Load, generate, print; with drafts, say on stderr how many were right."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     sampling.check()
-    use_threads(options.threads)
-    model = load_served(options.checkpoint, options.precision, options.device, options.ema, options.max_length)
+    use_cpu(options.threads)
+    model = load_served(
+        options.checkpoint, options.precision, options.device, options.ema, options.max_length, options.compile
+    )
     prompt = tuple(model.tokenizer.encode(options.prompt))
     page_size = 16
     cache = CacheSize(-(-(len(prompt) + max(1, options.tokens)) // page_size), page_size)

@@ -57,6 +57,10 @@ class Work:
         return self.sequence.cached + self.count >= len(self.sequence.tokens)
 
     @property
+    def has_draft(self) -> bool:
+        return self.sequence.cached + self.count > len(self.sequence.tokens)
+
+    @property
     def read(self) -> list[int]:
         s = self.sequence
         tokens = s.tokens[s.cached : s.cached + self.count]

@@ -13,7 +13,7 @@ import sys
 
 from parallel.saved import CheckpointError
 from serving.engine import CacheSize, Engine
-from serving.load import load_served, use_threads
+from serving.load import load_served, use_cpu
 from serving.options import parse_options, usage
 from serving.scheduler import Limits
 from serving.server_options import ServerOptions
@@ -29,13 +29,15 @@ def serve(options: ServerOptions) -> None:
         from serving.worker import Worker
     except ImportError as error:
         raise ValueError(f"the server needs more packages: pip install 'dualpipe-stack[serve]' ({error})") from error
-    use_threads(options.threads)
+    use_cpu(options.threads)
     limits = Limits(options.max_sequences, options.batch_tokens, options.waiting)
     limits.check(options.drafts)
     if options.page_size < 1 or options.cache_tokens < options.page_size:
         raise ValueError(f"cache_tokens={options.cache_tokens} does not hold a page of page_size={options.page_size}")
     cache = CacheSize(options.cache_tokens // options.page_size, options.page_size)
-    model = load_served(options.checkpoint, options.precision, options.device, options.ema, options.max_length)
+    model = load_served(
+        options.checkpoint, options.precision, options.device, options.ema, options.max_length, options.compile
+    )
     engine = Engine(model.stage, model.max_length, cache, limits, options.drafts)
     settings = settings_of(options, model.name)
     app = create_app(Worker(engine, model.tokenizer), settings)

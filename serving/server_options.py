@@ -26,3 +26,4 @@ class ServerOptions:
     precision: str = "fp32"  # fp32 | bf16 | fp64 | fp8
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads; 0 = torch's default
+    compile: str = "off"  # on: C++ kernels for FP32 on a CPU with AVX-512, built at the first start

@@ -219,6 +219,7 @@ MISTAKES = {
     "backend='mpi' is unknown; choose one of gloo, nccl": ["checkpoint=x", "decode=2", "backend=mpi"],
     "overlap=true needs processes that share experts": ["checkpoint=x", "decode=2", "overlap=true"],
     "overlap_rows=0": ["checkpoint=x", "decode=2", "decode_ep=2", "overlap=true", "overlap_rows=0"],
+    "compile='fast' is unknown; choose on or off": ["checkpoint=x", "decode=2", "compile=fast"],
     "timeout=0.0": ["checkpoint=x", "decode=2", "timeout=0"],
     "prefill_sequences=0": ["checkpoint=x", "decode=2", "prefill_sequences=0"],
     "prefill_cache_tokens=3 does not hold": ["checkpoint=x", "decode=2", "prefill_cache_tokens=3"],

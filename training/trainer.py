@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dualpipe.schedule import Schedule
 from model.balance import Balance
 from model.batch import MicroBatch
+from model.cpu.allocator import keep_freed_memory
 from model.precisions import make_precision
 from model.sampling import Sampling
 from parallel.build import BuildOptions, Replica, build_replica, with_schedule
@@ -30,7 +31,6 @@ from parallel.mesh import Layout, Mesh
 from parallel.saved import CheckpointError, RunState, has_average, list_checkpoints, read_run_state, step_of
 from parallel.zero import load_deepspeed
 from training import checkpoint
-from training.allocator import keep_freed_memory
 from training.balance import BalanceMonitor, bias_rate
 from training.capacity import check_capacity
 from training.checkpoint_writer import CheckpointWriter

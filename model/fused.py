@@ -1,0 +1,60 @@
+"""Generation through the C++ kernels of model/cpu (`Toolbox.cpp`): a layer's routed experts in one call, and the
+attention of whole prompts in one call per length. FP32 on a CPU; anything else goes the ways of `decode.py`.
+
+Results differ from those in rounding only, and a row's does not depend on the other rows of its call: in attention not
+at all; an expert with few rows adds up in another order than one with many, as everywhere in generation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.attention import LatentAttention
+from model.cpu.kernels import kernels, suits
+from model.layer import Experts, Layer
+from model.layers import Toolbox
+from model.precision import CastPrecision
+
+
+def takes(tools: Toolbox) -> bool:
+    """Whether the kernels are wanted, and take this precision on this device."""
+    seam = tools.precision
+    return (
+        tools.cpp
+        and isinstance(seam, CastPrecision)
+        and seam.dtype == torch.float32
+        and suits(torch.empty(0, device=tools.device))
+    )
+
+
+def holds_all_experts(layer: Layer) -> bool:
+    """Whether the routed experts of a layer with experts are all here: then no token has to travel."""
+    return isinstance(layer.experts, Experts) and len(layer.experts.numbers) == layer.router.config.num_experts
+
+
+def routed_experts(layer: Layer, x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor) -> Tensor:
+    """The sum of what each token's experts give, by their gates: [T, D]."""
+    weights = (layer.experts.gate_up.weight.detach(), layer.experts.down.weight.detach())
+    result_TD: Tensor = kernels().experts(x_TD.contiguous(), gates_TK.contiguous(), slots_TK.contiguous(), *weights)
+    return result_TD
+
+
+def attend_prompts(
+    attention: LatentAttention, rows: int, q_RX: Tensor, latents_RC: Tensor, k_rope_RA: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """[R, H·V] of prompts without earlier tokens, `rows` tokens each, one after the other.
+
+    q_RX       queries of all heads, neither turned nor scaled
+    latents_RC the normed key-value latents, and maybe more columns after them
+    k_rope_RA  the keys' rotary part, not yet turned; cos, sin [R, rope_dim/2] will turn it
+    """
+    sizes, prompts = attention.sizes, len(q_RX) // rows
+    rank = attention.config.key_value_rank
+    operands = (q_RX, attention.key_value_up(latents_RC[:, :rank]), k_rope_RA, cos, sin)
+    first = torch.zeros(prompts, rows, dtype=torch.int64)
+    by_prompt = (operand.contiguous().view(prompts, rows, -1) for operand in operands)
+    result: tuple[Tensor, Tensor] = kernels().attend(
+        *by_prompt, first, torch.full_like(first, rows), sizes.H, sizes.scale
+    )
+    return result[0].view(len(q_RX), -1)
