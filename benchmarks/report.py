@@ -43,16 +43,21 @@ def machine() -> dict[str, object]:
     }
 
 
-def publish(name: str, rows: list[Row]) -> None:
-    """Print the rows as a table and write them beside the machine's description."""
+def publish(name: str, rows: list[Row], keep: bool = False) -> None:
+    """Print the rows as a table and write them beside the machine's description.
+
+    keep   leave other cases in the file as they are: for what is measured in pieces, on one machine
+    """
     cells = [("case", "metric", "ours", "peer", "theirs", "ratio")]
     cells += [(r.case, r.metric, f"{r.ours:.4g}", r.peer, f"{r.theirs:.4g}", f"{r.ratio:.3f}") for r in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(6)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     RESULTS.mkdir(exist_ok=True)
-    data = {"rows": [{**asdict(r), "ratio": r.ratio} for r in rows], "machine": machine()}
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    path, cases = RESULTS / f"{name}.json", {r.case for r in rows}
+    before = json.loads(path.read_text())["rows"] if keep and path.exists() else []
+    found = [row for row in before if row["case"] not in cases] + [{**asdict(r), "ratio": r.ratio} for r in rows]
+    path.write_text(json.dumps({"rows": found, "machine": machine()}, indent=1) + "\n")
 
 
 def _cpuinfo() -> list[str]:

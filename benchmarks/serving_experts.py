@@ -186,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=float, nargs=2, action="append", metavar=("RANKS", "ZIPF"))
     parser.add_argument("--redundant", type=int, nargs="+", default=[0, 4, 8])
+    parser.add_argument("--keep", action="store_true", help="leave other cases in the file of results as they are")
     options = parser.parse_args()
     biases = fitted_biases(topic_model())
     rows = []
@@ -198,7 +199,7 @@ def main() -> None:
                     before, after = (statistics.median(getattr(served, name) for served in moments[moment])
                                      for moment in ("before", "after"))  # fmt: skip
                     rows.append(Row(case, metric, after, "before", before))
-    publish("serving_experts", rows)
+    publish("serving_experts", rows, options.keep)
 
 
 if __name__ == "__main__":

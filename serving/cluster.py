@@ -88,7 +88,7 @@ def run_front(options: ClusterOptions, supervisor: Supervisor) -> int:
 
 def run_rank(options: ClusterOptions, words: list[str], rank: int) -> int:
     side, index = place(options, rank)
-    supervisor = Supervisor(f"{side} process {index}", [*words, f"side={side}", f"index={index}"])
+    supervisor = Supervisor(f"{side} process {index}", [*words, f"side={side}", f"index={index}"], options.silence)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
     return run_front(options, supervisor) if rank == 0 else supervisor.run()

@@ -36,6 +36,7 @@ class ClusterOptions(ServerOptions):
     prefill_cache_tokens: int = 16384
     prefill_page_size: int = 16
     backend: str = "gloo"  # gloo | nccl, for caches and tokens that travel
+    silence: float = 20.0  # seconds without a sign of life after which a process counts as lost and is started again
     timeout: float = 60.0  # seconds: for a block of a cache to travel, and for processes to find each other
 
     def ep(self, side: str) -> int:
@@ -85,8 +86,9 @@ def check_cluster(options: ClusterOptions, world: int) -> None:
         raise ValueError(f"backend={o.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if o.compile not in ("on", "off"):
         raise ValueError(f"compile={o.compile!r} is unknown; choose on or off")
-    if o.timeout <= 0:
-        raise ValueError(f"timeout={o.timeout} must be more than 0 seconds")
+    for name in ("silence", "timeout"):
+        if getattr(o, name) <= 0:
+            raise ValueError(f"{name}={getattr(o, name)} must be more than 0 seconds")
     if o.prefill_sequences < 1:
         raise ValueError(f"prefill_sequences={o.prefill_sequences} must be at least 1")
     for side in ("", "prefill_"):

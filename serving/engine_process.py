@@ -30,6 +30,7 @@ from serving.handover import Pair
 from serving.load import load_served, resolve_device, use_cpu, wants_kernels
 from serving.meeting import FRONT, meeting_store
 from serving.options import parse_options
+from serving.pulse import give_signs
 from serving.roles import Decode, Links, Prefill, Role, Whole
 from serving.scheduler import Limits
 from serving.sharing import SharedExperts
@@ -147,7 +148,8 @@ def serve(options: EngineOptions) -> None:
     store = meeting_store(timedelta(seconds=options.timeout))
     host, port, key = store.get(FRONT).decode().split()
     hello: dict[str, Any] = {"side": options.side, "index": options.index, "pid": os.getpid()}
-    channel = Channel(host, int(port), key, hello)
+    channel = Channel(host, int(port), key, hello, options.silence)
+    give_signs(options.silence)
     role = make_role(engine, options, store, channel)
     channel.divert = role.at_once
     shared = None

@@ -82,7 +82,7 @@ class Router:
 
     async def start(self) -> None:
         key = secrets.token_hex()
-        self._server = await wire.listen(self._host, 0, key, self)
+        self._server = await wire.listen(self._host, 0, key, self, self.options.silence)
         port = self._server.sockets[0].getsockname()[1]
         await asyncio.to_thread(self._announce, f"{self._host} {port} {key}")
 
@@ -156,7 +156,7 @@ class Router:
             self._complete()
             self._complete = None
 
-    def left(self, peer: Peer) -> None:
+    def left(self, peer: Peer, fate: str = "has died") -> None:
         member = self._of(peer)
         if member is None:
             return
@@ -168,7 +168,7 @@ class Router:
             self.counts[f"{member.side} losses"] += 1
             self.counts["lost requests"] += len(member.jobs)
         for id in list(member.jobs):
-            self._fail(id, f"the {member.name} that held this request has died")
+            self._fail(id, f"the {member.name} that held this request {fate}")
         self._pump()
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 Either end proves first that it knows a key which the front made up at its start, so nobody else who reaches the port
 is obeyed; messages are not encrypted. The engines' end is a thread that fills an inbox, the front's end is asyncio.
+Both give signs of life (pulse.py), and a connection whose other end gives none is ended.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from model.sampling import Sampling
+from serving.pulse import BEATS, Quiet, every_beat
 from serving.sequence import Request
 
 Message = dict[str, Any]
 LIMIT = 1 << 26  # bytes of a message
 GONE: Message = {"kind": "gone"}  # put into the inbox when the connection has ended
+ALIVE: Message = {"kind": "alive"}  # a sign of life, which nobody else gets to see
+SILENCE = 20.0  # seconds without a sign of life after which the other end counts as lost
 _SECONDS = 30  # for both proofs
 
 
@@ -45,7 +49,7 @@ class Channel:
     divert   asked about every message in the thread that reads; True: it is dealt with, and does not go to the inbox
     """
 
-    def __init__(self, host: str, port: int, key: str, hello: Message) -> None:
+    def __init__(self, host: str, port: int, key: str, hello: Message, silence: float = SILENCE) -> None:
         """Connects and proves. hello: who this is. Raises OSError or NotTrusted."""
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.divert: Callable[[Message], bool] = lambda message: False
@@ -60,6 +64,8 @@ class Channel:
             raise NotTrusted(f"whoever listens on {host}:{port} does not know the key")
         self.send({**hello, "proof": _proof(key, "engine", str(answer["challenge"]))})
         self._socket.settimeout(None)
+        self._quiet = Quiet()
+        every_beat(silence, self._beat)
         threading.Thread(target=self._receive, name="channel", daemon=True).start()
 
     def send(self, message: Message) -> None:
@@ -68,6 +74,21 @@ class Channel:
         with self._lock, suppress(ConnectionError):
             self._socket.sendall(data)
 
+    def _beat(self) -> bool:
+        """Give a sign of life, and look for one. False when the connection is no use any more."""
+        try:
+            if self._quiet.beat():
+                self._socket.shutdown(socket.SHUT_RDWR)  # ends the thread that reads, and one that is just sending
+                return False
+            if self._lock.acquire(blocking=False):  # else somebody is sending: sign enough
+                try:
+                    self._socket.sendall(_line(ALIVE))
+                finally:
+                    self._lock.release()
+        except OSError:
+            return False
+        return True
+
     def _read(self) -> Message | None:
         line = self._file.readline(LIMIT)
         return dict(json.loads(line)) if line else None
@@ -75,7 +96,8 @@ class Channel:
     def _receive(self) -> None:
         try:
             while (message := self._read()) is not None:
-                if not self.divert(message):
+                self._quiet.heard()
+                if message != ALIVE and not self.divert(message):
                     self.inbox.put(message)
         except (OSError, ValueError):
             pass
@@ -97,6 +119,10 @@ class Peer:
     def close(self) -> None:
         self._writer.close()
 
+    def abort(self) -> None:
+        """As `close`, without waiting until everything has been sent."""
+        self._writer.transport.abort()
+
 
 class Listener(Protocol):
     """What happens to an engine's connection, in the front's event loop."""
@@ -105,10 +131,11 @@ class Listener(Protocol):
 
     def received(self, peer: Peer, message: Message) -> None: ...
 
-    def left(self, peer: Peer) -> None: ...
+    def left(self, peer: Peer, fate: str) -> None:
+        """fate: what has become of it, as the end of a sentence."""
 
 
-async def listen(host: str, port: int, key: str, listener: Listener) -> asyncio.Server:
+async def listen(host: str, port: int, key: str, listener: Listener, silence: float = SILENCE) -> asyncio.Server:
     """Accept engines from now on; port 0: any free one."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -119,16 +146,30 @@ async def listen(host: str, port: int, key: str, listener: Listener) -> asyncio.
             writer.close()
             return
         listener.joined(peer, hello)
+        quiet = Quiet()
+        pulse = asyncio.create_task(_pulse(peer, quiet, silence))
         try:
             while line := await reader.readline():
-                listener.received(peer, json.loads(line))
+                quiet.heard()
+                if (message := json.loads(line)) != ALIVE:
+                    listener.received(peer, message)
         except (OSError, ValueError):
             pass
         finally:
-            listener.left(peer)
+            silent = pulse.done()
+            pulse.cancel()
+            listener.left(peer, f"has given no sign of life for {silence:g} s" if silent else "has died")
             writer.close()
 
     return await asyncio.start_server(serve, host, port, limit=LIMIT)
+
+
+async def _pulse(peer: Peer, quiet: Quiet, silence: float) -> None:
+    """Give signs of life until the other end has given none for too long; then end the connection."""
+    while not quiet.beat():
+        peer.send(ALIVE)
+        await asyncio.sleep(silence / BEATS)
+    peer.abort()
 
 
 async def _prove(reader: asyncio.StreamReader, peer: Peer, key: str) -> Message:

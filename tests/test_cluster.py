@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,6 +156,29 @@ def test_a_killed_process_fails_only_what_it_held(separated: Cluster, side: str)
     assert check_fates(streams, threads, "") == (0, 12)
 
 
+def test_a_frozen_process_fails_only_what_it_held(checkpoint: Path) -> None:
+    """SIGSTOP under load: its connections stay open, and yet what it held fails in bounded time, and it comes back."""
+    silence = 3.0
+    with Cluster(checkpoint, 3, f"prefill=1 decode=2 page_size=8 silence={silence}") as cluster:
+        streams, threads = start(cluster, 12, 300)
+        cluster.wait_until(lambda: all(s.events > 3 for s in streams))
+        frozen = cluster.engine("decode", 0)
+        frozen.suspend()
+        began = time.monotonic()
+        failed, succeeded = check_fates(streams, threads, "decode process 0 that held this request has given no sign")
+        assert time.monotonic() - began < 10 * silence, "with the tokens of the others"
+        assert failed > 0
+        assert succeeded > 0
+        print(f"decode process frozen: {failed} of 12 requests failed")
+        assert cluster.metric("serving_lost_requests_total") == failed
+        assert cluster.ask("import ", 20).status_code == 200
+        cluster.wait_until(lambda: cluster.metric("serving_processes", 'side="decode"') == 2)
+        assert cluster.engine("decode", 0).pid != frozen.pid
+        assert "has given no sign of life for 3 s" in cluster.output
+        streams, threads = start(cluster, 12, 30)
+        assert check_fates(streams, threads, "") == (0, 12)
+
+
 def test_a_full_decode_side_holds_the_prompts_back(checkpoint: Path) -> None:
     """Two prefill processes, one small decode process: read prompts wait, then the queue, then 429; nothing is lost."""
     keys = "prefill=2 decode=1 max_sequences=2 cache_tokens=512 prefill_sequences=2 prefill_cache_tokens=400 waiting=4"
@@ -220,6 +244,7 @@ MISTAKES = {
     "overlap=true needs processes that share experts": ["checkpoint=x", "decode=2", "overlap=true"],
     "overlap_rows=0": ["checkpoint=x", "decode=2", "decode_ep=2", "overlap=true", "overlap_rows=0"],
     "compile='fast' is unknown; choose on or off": ["checkpoint=x", "decode=2", "compile=fast"],
+    "silence=-1.0": ["checkpoint=x", "decode=2", "silence=-1"],
     "timeout=0.0": ["checkpoint=x", "decode=2", "timeout=0"],
     "prefill_sequences=0": ["checkpoint=x", "decode=2", "prefill_sequences=0"],
     "prefill_cache_tokens=3 does not hold": ["checkpoint=x", "decode=2", "prefill_cache_tokens=3"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -229,8 +231,8 @@ def test_only_those_who_know_the_key_are_let_in() -> None:
         def received(self, peer: Any, message: Message) -> None:
             self.hellos.append(message)
 
-        def left(self, peer: Any) -> None:
-            self.hellos.append({"left": True})
+        def left(self, peer: Any, fate: str) -> None:
+            self.hellos.append({"left": fate})
 
     async def test() -> None:
         listener = Listener()
@@ -256,6 +258,63 @@ def test_only_those_who_know_the_key_are_let_in() -> None:
         server.close()
 
     run(test)
+
+
+class Fates:
+    """Hears who came and what became of them."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def joined(self, peer: Any, hello: Message) -> None:
+        self.heard.append(hello["side"])
+
+    def received(self, peer: Any, message: Message) -> None:
+        self.heard.append(message["kind"])
+
+    def left(self, peer: Any, fate: str) -> None:
+        self.heard.append(fate)
+
+
+def test_an_engine_that_gives_no_sign_of_life_is_lost() -> None:
+    """Its connection is as it was; one that has nothing to say, but lives, stays."""
+
+    def mute(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as line, line.makefile("rb") as lines:
+            line.sendall(b'{"challenge": "x"}\n')
+            proof = wire._proof("sesame", "engine", json.loads(lines.readline())["challenge"])
+            line.sendall(json.dumps({"side": "mute", "proof": proof}).encode() + b"\n")
+            return lines.readlines()[-1]
+
+    async def test() -> None:
+        fates = Fates()
+        server = await wire.listen("127.0.0.1", 0, "sesame", fates, silence=0.4)
+        port = server.sockets[0].getsockname()[1]
+        channel = await asyncio.to_thread(Channel, "127.0.0.1", port, "sesame", {"side": "quiet"}, 0.4)
+        with suppress(ConnectionError):
+            assert json.loads(await asyncio.to_thread(mute, port)) == wire.ALIVE
+        await asyncio.sleep(1)
+        assert fates.heard == ["quiet", "mute", "has given no sign of life for 0.4 s"]
+        assert channel.inbox.empty(), "signs of life are not messages"
+        server.close()
+
+    run(test)
+
+
+def test_a_front_that_gives_no_sign_of_life_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+
+        def mute() -> socket.socket:
+            line, _ = server.accept()
+            challenge = json.loads(line.makefile("rb").readline())["challenge"]
+            proof = wire._proof("sesame", "front", challenge)
+            line.sendall(json.dumps({"proof": proof, "challenge": "y"}).encode() + b"\n")
+            return line
+
+        accepted = pool.submit(mute)
+        channel = Channel("127.0.0.1", server.getsockname()[1], "sesame", {"side": "decode"}, silence=0.4)
+        with accepted.result():
+            assert channel.inbox.get(timeout=20) == wire.GONE
 
 
 def test_requests_survive_the_wire() -> None:
