@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cpu.kernels import kernels as cpp_kernels
+from model.cpu.kernels import suits
 from model.grads import grad_of
 from model.protocols import WeightGrads
 
@@ -49,8 +51,13 @@ class Kernels:
 
 
 @cache
-def make_kernels(compiled: bool) -> Kernels:
-    """compiled: by torch.compile, which makes one pass over memory of each; it takes some seconds when first called."""
+def make_kernels(compiled: bool, cpp: bool = False) -> Kernels:
+    """compiled: by torch.compile, which makes one pass over memory of each; it takes some seconds when first called.
+
+    cpp   those of generation by our C++ kernels, where they take what comes
+    """
+    if cpp:
+        return Kernels(_norm_in_cpp, _norm_backward, _swiglu_in_cpp, _swiglu_backward)
 
     def made(function: Any) -> Any:
         return torch.compile(function, dynamic=True) if compiled else function
@@ -84,6 +91,18 @@ class _RMSNorm(torch.autograd.Function):
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+
+
+def _norm_in_cpp(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if _is_rows(x) and weight.dtype == torch.float32:
+        normed: Tensor = cpp_kernels().rms_norm(x, weight, eps)
+        return normed
+    return _norm(x, weight, eps)
+
+
+def _is_rows(x: Tensor) -> bool:
+    """Whether the C++ kernels take it."""
+    return x.dim() == 2 and x.stride(1) == 1 and x.dtype == torch.float32 and suits(x)
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -122,6 +141,13 @@ def _swiglu(gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     hidden = F.silu(gate).mul_(up)
     return hidden if gates_R is None else hidden.mul_(gates_R.unsqueeze(-1).to(hidden.dtype))
+
+
+def _swiglu_in_cpp(gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
+    if gates_R is None and _is_rows(gate_up):
+        hidden: Tensor = cpp_kernels().swiglu(gate_up)
+        return hidden
+    return _swiglu(gate_up, gates_R)
 
 
 def _swiglu_backward(dy: Tensor, gate_up: Tensor, gates_R: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -47,7 +47,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = Linear(hidden, 2 * ffn, tools, f"{name}_gate_up")
         self.down = Linear(ffn, hidden, tools, f"{name}_down")
-        self.kernels = make_kernels(tools.compile)
+        self.kernels = make_kernels(tools.compile, tools.cpp)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down.of_swiglu(self.gate_up(x), self.kernels)
@@ -62,7 +62,7 @@ class Experts(nn.Module):
         count, hidden, ffn = len(experts), config.hidden_size, config.expert_ffn_size
         self.gate_up = GroupedLinear(count, hidden, 2 * ffn, tools, "experts_gate_up")
         self.down = GroupedLinear(count, ffn, hidden, tools, "experts_down")
-        self.kernels = make_kernels(tools.compile)
+        self.kernels = make_kernels(tools.compile, tools.cpp)
 
     def forward(self, x_RD: Tensor, gates_R: Tensor, counts: list[int]) -> Tensor:
         """Each row through its expert, already weighted by its gate, so that combine only has to add."""

@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = tools.parameter(size)
-        self.kernels = make_kernels(tools.compile)
+        self.kernels = make_kernels(tools.compile, tools.cpp)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.kernels)

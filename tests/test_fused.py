@@ -15,6 +15,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.cpu import kernels as library
 from model.decode import Decoder, Piece
+from model.functional import make_kernels
 from model.router import choose_experts
 from model.stage import ModelStage
 from parallel.whole import empty_model
@@ -59,6 +60,22 @@ def test_experts_of_any_shape_equal_plain_products(data: st.DataObject) -> None:
     ours = library.kernels().experts(x, gates, slots, *weights)
     exact = plain_experts(x.double(), gates.double(), slots, *(w.double() for w in weights))
     assert float((ours - exact).abs().max()) <= 2e-6 * float(exact.abs().max())
+
+
+@needs_avx512
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_norms_and_swiglu_of_rows_that_lie_apart(data: st.DataObject) -> None:
+    R, D = data.draw(st.integers(0, 70)), data.draw(st.integers(1, 300))
+    wide = torch.randn(R, 2 * D + 3, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    weight, rows = torch.randn(D), wide[:, 1 : 1 + D]
+    plain, ours = make_kernels(False), make_kernels(False, cpp=True)
+    for x, arguments in ((rows, (weight, 1e-6)), (rows.contiguous(), (weight, 1e-6))):
+        exact = plain.norm(x.double(), arguments[0].double(), arguments[1])
+        assert float((ours.norm(x, *arguments) - exact).norm()) <= 1e-6 * float(exact.norm())
+    exact = plain.swiglu(wide[:, 3:].double(), None)
+    assert float((ours.swiglu(wide[:, 3:], None) - exact).norm()) <= 1e-6 * float(exact.norm())
+    assert torch.equal(ours.swiglu(wide[:, 3:].double(), None), exact), "another precision goes its own way"
 
 
 @needs_avx512

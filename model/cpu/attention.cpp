@@ -99,16 +99,17 @@ void forward_head(const Head<T>& head, const Documents& documents, const Sizes& 
   std::vector<float> scores(NARROW * ld), sums(NARROW * z.V);
   for (int64_t row = 0; row < z.S; row += NARROW) {
     const int64_t rows = std::min(NARROW, z.S - row);
-    const int64_t first = documents.first[row] / WIDE * WIDE, end = round_up(row + rows, WIDE);
+    const int64_t first = documents.first[row] / WIDE * WIDE, end = round_up(row + rows, NARROW);
+    const auto width = [&](int64_t key) { return std::min(WIDE, end - key); };
     for (int64_t key = first; key < end; key += WIDE)
-      multiply(NARROW, WIDE, Q, &head.q[row * Q], Q, &k_t[key], ld, &scores[key - first], ld, false);
+      multiply(NARROW, width(key), Q, &head.q[row * Q], Q, &k_t[key], ld, &scores[key - first], ld, false);
     for (int64_t r = 0; r < NARROW; ++r) {
       const int64_t low = r < rows ? documents.first[row + r] - first : 0, high = r < rows ? row + r + 1 - first : 0;
       const float value = softmax(&scores[r * ld], low, high, end - first);
       if (r < rows) lse[row + r] = value;
     }
     for (int64_t key = first; key < end; key += WIDE)
-      multiply(NARROW, z.V, WIDE, &scores[key - first], ld, &head.v[key * z.V], z.V, sums.data(), z.V, key > first);
+      multiply(NARROW, z.V, width(key), &scores[key - first], ld, &head.v[key * z.V], z.V, sums.data(), z.V, key > first);
     copy_rows(sums.data(), z.V, out + row * ld_out, ld_out, rows, z.V);
   }
 }

@@ -35,6 +35,7 @@ struct Sizes {
 struct Plan {
   std::vector<int64_t> order;
   std::vector<Task> tasks;
+  std::vector<size_t> units;  // where those begin that one thread does in a row, and the end
 
   Plan(const int64_t* slots, const Sizes& z) : order(z.T * z.K) {
     std::vector<int64_t> next(z.E + 1);
@@ -47,18 +48,12 @@ struct Plan {
         tasks.push_back({e, begin + from, std::min(step, rows - from)});
     }
     for (int64_t pair = 0; pair < z.T * z.K; ++pair) order[next[slots[pair]]++] = pair;
+    const bool many = z.E >= 8 * at::get_num_threads();  // so many experts that one thread may have all of one
+    for (size_t i = 0; i < tasks.size(); ++i)
+      if (!many || i == 0 || tasks[i].expert != tasks[i - 1].expert) units.push_back(i);
+    units.push_back(tasks.size());
   }
 };
-
-Vec silu(const Vec& x) { return x / (Vec(1) + x.neg().exp()); }
-
-// h [n] = silu(h) · up.
-void swiglu(float* h, const float* up, int64_t n) {
-  for (int64_t i = 0; i < n; i += Vec::size()) {
-    const int count = static_cast<int>(std::min<int64_t>(Vec::size(), n - i));
-    (silu(Vec::loadu(h + i, count)) * Vec::loadu(up + i, count)).store(h + i, count);
-  }
-}
 
 // y [M, N] = x [M, K] · weight [N, K]ᵀ.
 template <int M>
@@ -88,8 +83,8 @@ template <int M>
 void few_rows(Scratch& s, const float* gate_up, const float* down, const Sizes& z) {
   dots<M>(s.rows.data(), gate_up, s.h.data(), 2 * z.F, z.D);
   for (int64_t m = 0; m < M; ++m) {
-    swiglu(&s.h[m * 2 * z.F], &s.h[m * 2 * z.F + z.F], z.F);
-    std::copy_n(&s.h[m * 2 * z.F], z.F, &s.x[m * z.F]);
+    const float* const h = &s.h[m * 2 * z.F];
+    swiglu_row(h, h + z.F, &s.x[m * z.F], z.F);
   }
   dots<M>(s.x.data(), down, s.rows.data(), z.D, z.F);
 }
@@ -100,7 +95,7 @@ void many_rows(Scratch& s, int64_t rows, const float* gate_up, const float* down
   std::fill(&s.rows[rows * z.D], s.rows.data() + width * z.D, 0.f);
   transpose(s.rows.data(), z.D, s.x.data(), width, width, z.D);
   multiply(2 * z.F, width, z.D, gate_up, z.D, s.x.data(), width, s.h.data(), width, false);
-  swiglu(s.h.data(), &s.h[z.F * width], z.F * width);
+  swiglu_row(s.h.data(), &s.h[z.F * width], s.h.data(), z.F * width);
   multiply(z.D, width, z.F, down, z.F, s.h.data(), width, s.y.data(), width, false);
   transpose(s.y.data(), width, s.rows.data(), z.D, z.D, width);
 }
@@ -126,13 +121,14 @@ Tensor experts(const Tensor& x, const Tensor& gates, const Tensor& slots, const 
   std::atomic<size_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     Scratch s(z);
-    for (size_t i = next++; i < plan.tasks.size(); i = next++) {
-      const Task& task = plan.tasks[i];
-      const int64_t* pairs = &plan.order[task.begin];
-      for (int64_t r = 0; r < task.rows; ++r) std::copy_n(from + pairs[r] / z.K * z.D, z.D, &s.rows[r * z.D]);
-      run(s, task.rows, first + task.expert * 2 * z.F * z.D, second + task.expert * z.D * z.F, z);
-      for (int64_t r = 0; r < task.rows; ++r) std::copy_n(&s.rows[r * z.D], z.D, parts + pairs[r] * z.D);
-    }
+    for (size_t unit = next++; unit + 1 < plan.units.size(); unit = next++)
+      for (size_t i = plan.units[unit]; i < plan.units[unit + 1]; ++i) {
+        const Task& task = plan.tasks[i];
+        const int64_t* pairs = &plan.order[task.begin];
+        for (int64_t r = 0; r < task.rows; ++r) std::copy_n(from + pairs[r] / z.K * z.D, z.D, &s.rows[r * z.D]);
+        run(s, task.rows, first + task.expert * 2 * z.F * z.D, second + task.expert * z.D * z.F, z);
+        for (int64_t r = 0; r < task.rows; ++r) std::copy_n(&s.rows[r * z.D], z.D, parts + pairs[r] * z.D);
+      }
   });
   at::parallel_for(0, z.T, 16, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
@@ -152,8 +148,12 @@ Tensor experts(const Tensor& x, const Tensor& gates, const Tensor& slots, const 
 void best(float* values, int64_t n, int64_t count, int64_t* chosen) {
   for (int64_t i = 0; i < count; ++i) {
     int64_t at = 0;
-    for (int64_t j = 1; j < n; ++j)
-      if (values[j] > values[at]) at = j;
+    float most = values[0];
+    for (int64_t j = 1; j < n; ++j) {
+      const bool more = values[j] > most;
+      at = more ? j : at;
+      most = more ? values[j] : most;
+    }
     chosen[i] = at;
     values[at] = -INFINITY;
   }

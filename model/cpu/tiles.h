@@ -38,4 +38,13 @@ inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_d
   at::vec::transpose_mxn<float>(src, ld_src, dst, ld_dst, static_cast<int>(rows), static_cast<int>(columns));
 }
 
+// out [n] = silu(gate) · up; out may be gate.
+inline void swiglu_row(const float* gate, const float* up, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec::size()) {
+    const int count = static_cast<int>(std::min<int64_t>(Vec::size(), n - i));
+    const Vec x = Vec::loadu(gate + i, count);
+    (x / (Vec(1) + x.neg().exp()) * Vec::loadu(up + i, count)).store(out + i, count);
+  }
+}
+
 }  // namespace cpu
