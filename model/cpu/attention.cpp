@@ -10,6 +10,8 @@
 
 #include <torch/library.h>
 
+#include <limits>
+
 #include "tiles.h"
 
 namespace {
@@ -76,19 +78,28 @@ std::vector<float> transposed(const std::vector<float>& x, int64_t width, const 
   return result;
 }
 
-// Softmax in place over row[low, high), zeros in the rest of row[0, size); returns log Σ exp.
-float softmax(float* row, int64_t low, int64_t high, int64_t size) {
+// What is left of a row of scores: its largest one, and Σ exp(score − largest).
+struct Exponentials {
+  float max, sum;
+};
+
+// exp(score − largest) in place over row[low, high), zeros in the rest of row[0, size).
+Exponentials exponentiate(float* row, int64_t low, int64_t high, int64_t size) {
   std::fill(row, row + low, 0.f);
   std::fill(row + high, row + size, 0.f);
-  if (low >= high) return 0;
-  float* const from = row + low;
-  const int64_t n = high - low;
-  const float max = at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, from, n);
-  at::vec::map<float>([max](Vec x) { return (x - Vec(max)).exp_u20(); }, from, from, n);
-  const float sum = at::vec::reduce_all<float>([](Vec a, Vec b) { return a + b; }, from, n);
-  const Vec share(1 / sum);
-  at::vec::map<float>([share](Vec x) { return x * share; }, from, from, n);
-  return max + std::log(sum);
+  if (low >= high) return {0, 1};
+  Vec most(-std::numeric_limits<float>::infinity()), sums(0);
+  const auto each = [&](auto&& use) {
+    for (int64_t i = low; i < high; i += Vec::size()) use(row + i, std::min<int64_t>(Vec::size(), high - i));
+  };
+  each([&](const float* x, int64_t n) { most = Vec::set(most, at::vec::maximum(most, Vec::loadu(x, n)), n); });
+  const float max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, most);
+  each([&](float* x, int64_t n) {
+    const Vec value = (Vec::loadu(x, n) - Vec(max)).exp_u20();
+    value.store(x, static_cast<int>(n));
+    sums = Vec::set(sums, sums + value, n);
+  });
+  return {max, at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, sums)};
 }
 
 // out [S, V] with rows ld apart, and lse [S].
@@ -97,6 +108,7 @@ void forward_head(const Head<T>& head, const Documents& documents, const Sizes& 
   const int64_t Q = z.Q(), ld = z.ld();
   const std::vector<float> k_t = transposed(head.k, Q, z);
   std::vector<float> scores(NARROW * ld), sums(NARROW * z.V);
+  std::vector<Exponentials> found(NARROW);
   for (int64_t row = 0; row < z.S; row += NARROW) {
     const int64_t rows = std::min(NARROW, z.S - row);
     const int64_t first = documents.first[row] / WIDE * WIDE, end = round_up(row + rows, NARROW);
@@ -105,12 +117,13 @@ void forward_head(const Head<T>& head, const Documents& documents, const Sizes& 
       multiply(NARROW, width(key), Q, &head.q[row * Q], Q, &k_t[key], ld, &scores[key - first], ld, false);
     for (int64_t r = 0; r < NARROW; ++r) {
       const int64_t low = r < rows ? documents.first[row + r] - first : 0, high = r < rows ? row + r + 1 - first : 0;
-      const float value = softmax(&scores[r * ld], low, high, end - first);
-      if (r < rows) lse[row + r] = value;
+      found[r] = exponentiate(&scores[r * ld], low, high, end - first);
+      if (r < rows) lse[row + r] = found[r].max + std::log(found[r].sum);
     }
     for (int64_t key = first; key < end; key += WIDE)
       multiply(NARROW, z.V, width(key), &scores[key - first], ld, &head.v[key * z.V], z.V, sums.data(), z.V, key > first);
-    copy_rows(sums.data(), z.V, out + row * ld_out, ld_out, rows, z.V);
+    for (int64_t r = 0; r < rows; ++r)
+      copy_rows(&sums[r * z.V], z.V, out + (row + r) * ld_out, ld_out, 1, z.V, 1 / found[r].sum);
   }
 }
 
