@@ -23,7 +23,7 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 def our_model(config: ModelConfig, precision: str, seed: int = 0, compiled: bool = False) -> Replica:
     """The whole model in this process, as one stage under 1F1B with one micro-batch, with its initial weights."""
-    seam, dtype = make_precision(precision)
+    seam, dtype = make_precision(precision, compiled=compiled)
     mesh = Mesh(Layout(1, 1, 1), 0, None, None, None, None, None)
     options = BuildOptions(seed=seed, param_dtype=dtype, compile=compiled)
     schedule = make_schedule("one_f_one_b", 1, 1)

@@ -77,12 +77,15 @@ class Precision(Protocol):
 
 
 class CastPrecision(Products):
-    """Computes in FP64, FP32 or BF16 with plain torch matrix products, every module alike."""
+    """Computes in FP64, FP32 or BF16 with plain torch matrix products, every module alike.
+
+    compiled   training's products of experts, and all weight gradients, by our C++ kernels where they take the operands
+    """
 
     wire = None
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, compiled: bool = False) -> None:
+        self.dtype, self.compiled = dtype, compiled
         self._copies: dict[nn.Parameter, Tensor] = {}
 
     def of(self, module: str) -> CastPrecision:
@@ -93,13 +96,13 @@ class CastPrecision(Products):
         if not torch.is_grad_enabled():
             copy_OI = self._copy(weight_OI)
             return few_rows_product(x_TI.flatten(0, -2), copy_OI).view(*x_TI.shape[:-1], len(copy_OI))
-        return _Linear.apply(x_TI, weight_OI, self._copy(weight_OI), queue)
+        return _Linear.apply(x_TI, weight_OI, self._copy(weight_OI), queue, self.compiled)
 
     def grouped_linear(self, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: WeightGrads) -> Tensor:
         """Rows sorted by expert, `counts[e]` of them for expert e: each block times its expert's weight → [R, O]."""
         if not torch.is_grad_enabled():
             return few_rows_grouped_product(x_RI, self._copy(weight_EOI), counts)
-        return _GroupedLinear.apply(x_RI, weight_EOI, self._copy(weight_EOI), counts, queue)
+        return _GroupedLinear.apply(x_RI, weight_EOI, self._copy(weight_EOI), counts, queue, self.compiled)
 
     def copied(self, shape: torch.Size, stored: torch.dtype) -> int:
         return 0 if stored == self.dtype else shape.numel() * self.dtype.itemsize
@@ -121,19 +124,21 @@ class CastPrecision(Products):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, copy_OI: Tensor, queue: WeightGrads) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, copy_OI: Tensor, queue: WeightGrads, compiled: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, copy_OI)
-        ctx.weight, ctx.queue = weight, queue
+        ctx.weight, ctx.queue, ctx.compiled = weight, queue, compiled
         return product(x.flatten(0, -2), copy_OI).view(*x.shape[:-1], copy_OI.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, copy_OI = ctx.saved_tensors
-        weight = ctx.weight
+        weight, compiled = ctx.weight, ctx.compiled
         dy_TO, x_TI = dy.flatten(0, -2), x.flatten(0, -2)
-        ctx.queue.put(lambda: add_weight_grad(grad_of(weight), dy_TO, x_TI))
+        ctx.queue.put(lambda: add_weight_grad(grad_of(weight), dy_TO, x_TI, compiled))
         dx = product(dy_TO, copy_OI.t()).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -141,16 +146,22 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RI: Tensor, weight: nn.Parameter, copy_EOI: Tensor, counts: list[int], queue: WeightGrads
+        ctx: Any,
+        x_RI: Tensor,
+        weight: nn.Parameter,
+        copy_EOI: Tensor,
+        counts: list[int],
+        queue: WeightGrads,
+        compiled: bool,
     ) -> Tensor:
         ctx.save_for_backward(x_RI, copy_EOI)
-        ctx.weight, ctx.counts, ctx.queue = weight, counts, queue
-        return grouped_product(x_RI, copy_EOI, counts)
+        ctx.weight, ctx.counts, ctx.queue, ctx.compiled = weight, counts, queue, compiled
+        return grouped_product(x_RI, copy_EOI, counts, compiled)
 
     @staticmethod
     def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, ...]:
         x_RI, copy_EOI = ctx.saved_tensors
-        weight, counts = ctx.weight, ctx.counts
+        weight, counts, compiled = ctx.weight, ctx.counts, ctx.compiled
         dy_RO = dy_RO.contiguous()
-        ctx.queue.put(lambda: add_grouped_weight_grads(grad_of(weight), dy_RO, x_RI, counts))
-        return grouped_product(dy_RO, copy_EOI.transpose(1, 2), counts), None, None, None, None
+        ctx.queue.put(lambda: add_grouped_weight_grads(grad_of(weight), dy_RO, x_RI, counts, compiled))
+        return grouped_product(dy_RO, copy_EOI.transpose(1, 2), counts, compiled), None, None, None, None, None

@@ -23,11 +23,11 @@ class PrecisionConfig:
     gradient_blocks: bool = False  # of fp8: activation gradients in 128×128 blocks, the report's ablation
 
 
-def _cast(dtype: torch.dtype) -> Callable[[PrecisionConfig, bool], Precision]:
-    return lambda config, here: CastPrecision(dtype)
+def _cast(dtype: torch.dtype) -> Callable[[PrecisionConfig, bool, bool], Precision]:
+    return lambda config, here, compiled: CastPrecision(dtype, compiled)
 
 
-def _fp8(config: PrecisionConfig, here: bool) -> Precision:
+def _fp8(config: PrecisionConfig, here: bool, compiled: bool) -> Precision:
     if config.gradient_blocks and config.backend != "reference":
         raise ValueError(f"precision.gradient_blocks=true needs precision.backend=reference, not {config.backend}")
     own_layers = config.backend == "transformer_engine"  # it has layers of its own, so it is no backend of ours
@@ -40,7 +40,7 @@ def _fp8(config: PrecisionConfig, here: bool) -> Precision:
 
 
 # Name → how it is made, and the dtype of the parameters. fp64 is for exactness checks.
-PRECISIONS: Mapping[str, tuple[Callable[[PrecisionConfig, bool], Precision], torch.dtype]] = MappingProxyType(
+PRECISIONS: Mapping[str, tuple[Callable[[PrecisionConfig, bool, bool], Precision], torch.dtype]] = MappingProxyType(
     {
         "fp32": (_cast(torch.float32), torch.float32),
         "bf16": (_cast(torch.bfloat16), torch.float32),
@@ -50,11 +50,14 @@ PRECISIONS: Mapping[str, tuple[Callable[[PrecisionConfig, bool], Precision], tor
 )
 
 
-def make_precision(config: PrecisionConfig | str, here: bool = True) -> tuple[Precision, torch.dtype]:
+def make_precision(
+    config: PrecisionConfig | str, here: bool = True, compiled: bool = False
+) -> tuple[Precision, torch.dtype]:
     """The precision of a configuration, or by name alone, and the dtype in which it wants the parameters.
 
-    here   it is to compute on this machine, whose devices and packages matter then; else it is for a look at the
-           formats, and the reference backend stands in for what may be missing
+    here       it is to compute on this machine, whose devices and packages matter then; else it is for a look at the
+               formats, and the reference backend stands in for what may be missing
+    compiled   with our C++ kernels, where they take the operands (FP32 and BF16 on a CPU); FP8 has its backends
 
     Raises ValueError for an unknown name, backend, module or format, or for a setting that only fp8 has.
     """
@@ -66,4 +69,4 @@ def make_precision(config: PrecisionConfig | str, here: bool = True) -> tuple[Pr
         if config.name != "fp8" and getattr(config, name):
             raise ValueError(f"precision.{name}={getattr(config, name)} is for precision=fp8, not {config.name}")
     make, parameters = PRECISIONS[config.name]
-    return make(config, here), parameters
+    return make(config, here, compiled), parameters

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.cpu.kernels import kernels, suits
+
 ROW_STEP = 32
+WIDTH_STEP = 16  # our kernels: what widths must be multiples of
 FEW_ROWS = 8  # up to which MKL is the faster one, as generation wants it: a few rows per expert
 
 
@@ -50,8 +54,10 @@ def generates_code(x: Tensor) -> bool:
     return calls_onednn(x) or (x.device.type == "cpu" and x.dtype == torch.bfloat16)
 
 
-def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int], compiled: bool = False) -> Tensor:
     """Rows sorted by expert, `counts[e]` of them for expert e, each block times its expert's weightᵀ → [R, N]."""
+    if compiled and _suits_kernel(x_RK, weight_ENK) and weight_ENK.dtype == x_RK.dtype:
+        return cast(Tensor, kernels().grouped_product(x_RK.contiguous(), weight_ENK.transpose(1, 2), list(counts)))
     if has_grouped_kernel(x_RK, weight_ENK):
         return grouped_kernel(x_RK, weight_ENK, counts)
     out_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
@@ -65,8 +71,13 @@ def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
     return out_RN
 
 
-def add_grouped_weight_grads(grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, counts: Sequence[int]) -> None:
+def add_grouped_weight_grads(
+    grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, counts: Sequence[int], compiled: bool = False
+) -> None:
     """grad[e] += dyᵀ · x over the rows of expert e, for every expert that has any."""
+    if compiled and _suits_kernel(x_RK, grad_ENK) and grad_ENK.dtype == torch.float32 and grad_ENK.is_contiguous():
+        kernels().add_grouped_weight_grads(grad_ENK, dy_RN.contiguous(), x_RK.contiguous(), list(counts))
+        return
     if has_grouped_kernel(x_RK, grad_ENK):
         add_weight_grads_by_kernel(grad_ENK, dy_RN, x_RK, counts)
         return
@@ -76,6 +87,12 @@ def add_grouped_weight_grads(grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, coun
         if generates_code(x_RK) and size % ROW_STEP:
             dy, x = _with_zeros(dy), _with_zeros(x)
         add_weight_grad(grad_ENK[expert], dy, x)
+
+
+def _suits_kernel(x_RK: Tensor, weight_ENK: Tensor) -> bool:
+    """Whether our C++ kernels (`compiled`) take these: FP32 or BF16 on a CPU, dense, of widths that fill vectors."""
+    dense = weight_ENK.is_contiguous() or weight_ENK.mT.is_contiguous()
+    return dense and suits(x_RK) and not any(width % WIDTH_STEP for width in weight_ENK.shape[1:])
 
 
 def has_grouped_kernel(x_RK: Tensor, weight_ENK: Tensor) -> bool:
@@ -110,9 +127,11 @@ def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def add_weight_grad(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor) -> None:
+def add_weight_grad(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor, compiled: bool = False) -> None:
     """grad += dyᵀ · x, in the gradient's dtype."""
-    if grad_NK.dtype == dy_TN.dtype and not calls_onednn(dy_TN):
+    if compiled and _suits_kernel(x_TK, grad_NK.unsqueeze(0)):
+        add_grouped_weight_grads(grad_NK.unsqueeze(0), dy_TN, x_TK, [len(x_TK)], compiled)
+    elif grad_NK.dtype == dy_TN.dtype and not calls_onednn(dy_TN):
         grad_NK.addmm_(dy_TN.t(), x_TK)
     else:
         grad_NK.add_(outer(dy_TN, x_TK))

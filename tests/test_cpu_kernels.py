@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.attention import AttentionContext, HeadSizes, _FromHeads
 from model.cpu import kernels as library
+from model.products import add_grouped_weight_grads, add_weight_grad, grouped_product
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # beside FP64; twice what rounding once, or inside, explains
 needs_avx512 = pytest.mark.skipif(not library.suits(torch.empty(0)), reason="the kernels need AVX-512 and oneDNN")
@@ -53,3 +54,49 @@ def test_attention_equals_the_one_in_blocks(dtype: torch.dtype, data: st.DataObj
     for mine, theirs in zip(ours, exact, strict=True):
         assert mine.dtype == dtype
         assert distance(mine, theirs) <= TOLERANCE[dtype]
+
+
+@needs_avx512
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_grouped_products_equal_torchs(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Forward, the rows' gradient, and the weights' gradients added to what is there; experts may have no rows."""
+    counts = data.draw(st.lists(st.one_of(st.just(0), st.integers(1, 300)), min_size=1, max_size=12))
+    N, K = 16 * data.draw(st.integers(1, 20)), 16 * data.draw(st.integers(1, 20))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    E, R = len(counts), sum(counts)
+    x, dy, weight, before = draw(R, K), draw(R, N), draw(E, N, K), torch.randn(E, N, K, generator=generator)
+
+    def results(compiled: bool, to: torch.dtype, grad: torch.dtype) -> list[Tensor]:
+        x_RK, dy_RN, weight_ENK, grad_ENK = x.to(to), dy.to(to), weight.to(to), before.to(grad, copy=True)
+        out = grouped_product(x_RK, weight_ENK, counts, compiled)
+        dx = grouped_product(dy_RN, weight_ENK.mT, counts, compiled)
+        add_grouped_weight_grads(grad_ENK, dy_RN, x_RK, counts, compiled)
+        dense_NK = before[0].to(grad, copy=True)
+        add_weight_grad(dense_NK, dy_RN, x_RK, compiled)
+        return [out, dx, grad_ENK, dense_NK]
+
+    exact = results(False, torch.float64, torch.float64)
+    for mine, theirs, given_in in zip(
+        results(True, dtype, torch.float32), exact, (dtype, dtype, *2 * (torch.float32,)), strict=True
+    ):
+        assert mine.dtype == given_in
+        assert distance(mine, theirs) <= TOLERANCE[given_in]
+
+
+@needs_avx512
+def test_counts_that_do_not_fit_the_rows_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="counts have 3 rows, the tensor 4"):
+        grouped_product(torch.ones(4, 16), torch.ones(2, 16, 16), [1, 2], compiled=True)
+
+
+@needs_avx512
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_widths_stay_with_torch(dtype: torch.dtype) -> None:
+    x, weight = torch.ones(4, 24, dtype=dtype), torch.ones(2, 16, 24, dtype=dtype)
+    assert torch.equal(grouped_product(x, weight, [1, 3], compiled=True), torch.full((4, 16), 24, dtype=dtype))

@@ -106,7 +106,7 @@ def measure(job: Job) -> dict[str, object]:
     """The costs as the file holds them: medians over the steps, in seconds per micro-batch."""
     mesh, model = join_process_group(job), job.config.model
     queue, clock = WeightGradQueue(), clock_of(job.device)
-    precision, _ = make_precision(job.config.precision)
+    precision, _ = make_precision(job.config.precision, compiled=job.config.compile == "on")
     stages = build_stages(model, job.schedule, mesh, precision, job.options, queue)
     lanes = RecordingLanes(SerialLanes(), clock)
     schedule = make_schedule("zb1p", 1, MICRO_BATCHES)

@@ -154,7 +154,7 @@ class Trainer:
 
     def __init__(self, job: Job, mesh: Mesh, stop: StopRequest) -> None:
         self.job, self.mesh, self.stop = job, mesh, stop
-        precision, _ = make_precision(job.config.precision)
+        precision, _ = make_precision(job.config.precision, compiled=job.config.compile == "on")
         state = read_run_state(job.resume) if job.resume is not None else None
         expert_loads = state.expert_loads if state is not None else {}
         order = None

@@ -26,6 +26,12 @@ inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t ld
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c);
 }
 
+// The same of BF16 into FP32; B has two rows in one: B[k, n] is b[k / 2 · 2 · ldb + 2 · n + k % 2].
+inline void multiply(int64_t M, int64_t N, int64_t K, const at::BFloat16* a, int64_t lda, const at::BFloat16* b,
+                     int64_t ldb, float* c, int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c);
+}
+
 // dst [rows, width] = scale · src, to or from FP32.
 template <typename From, typename To>
 void copy_rows(const From* src, int64_t ld_src, To* dst, int64_t ld_dst, int64_t rows, int64_t width, float scale = 1) {
@@ -45,6 +51,38 @@ inline void swiglu_row(const float* gate, const float* up, float* out, int64_t n
     const Vec x = Vec::loadu(gate + i, count);
     (x / (Vec(1) + x.neg().exp()) * Vec::loadu(up + i, count)).store(out + i, count);
   }
+}
+
+// Of BF16: by tiles of 32 × 32.
+inline void transpose(const at::BFloat16* src, int64_t ld_src, at::BFloat16* dst, int64_t ld_dst, int64_t rows,
+                      int64_t columns) {
+  for (int64_t r = 0; r < rows; r += 32)
+    for (int64_t c = 0; c < columns; c += 32)
+      at::vec::transpose_mxn<at::BFloat16>(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst,
+                                           static_cast<int>(std::min<int64_t>(32, rows - r)),
+                                           static_cast<int>(std::min<int64_t>(32, columns - c)));
+}
+
+// B's layout for BF16 of rows [rows, width]; a last odd row has zeros beside it.
+inline void pack(const at::BFloat16* src, int64_t ld_src, at::BFloat16* dst, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const auto* const even = reinterpret_cast<const uint16_t*>(src + r * ld_src);
+    const uint16_t* const odd = even + ld_src;
+    auto* const to = reinterpret_cast<uint32_t*>(dst + r * width);
+    if (r + 1 < rows)
+      for (int64_t c = 0; c < width; ++c) to[c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
+    else
+      for (int64_t c = 0; c < width; ++c) to[c] = even[c];
+  }
+}
+
+// B's layout of the transpose of src [columns, rows].
+inline void pack_turned(const float* src, int64_t ld_src, float* dst, int64_t columns, int64_t rows) {
+  transpose(src, ld_src, dst, columns, columns, rows);
+}
+
+inline void pack_turned(const at::BFloat16* src, int64_t ld_src, at::BFloat16* dst, int64_t columns, int64_t rows) {
+  transpose(reinterpret_cast<const float*>(src), ld_src / 2, reinterpret_cast<float*>(dst), columns, columns, rows / 2);
 }
 
 }  // namespace cpu
