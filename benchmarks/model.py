@@ -1,7 +1,7 @@
 """Training speed of the model against transformers' DeepseekV3ForCausalLM; `--scaling` shows cost as work grows.
 
     .venv/bin/python -m benchmarks.model [--rounds 5] [--case 0]     case: one size; the other's results stay
-    .venv/bin/python -m benchmarks.model --compile                   compile=on against off
+    .venv/bin/python -m benchmarks.model --compile-peer              the peer a second time, through torch.compile
     .venv/bin/python -m benchmarks.model --default-allocator         the peer alone, with glibc's defaults, then ours
     .venv/bin/python -m benchmarks.model --scaling [--resume]        resume: keep the points that are in the results
 
@@ -11,6 +11,9 @@ steps are taken in turns, and the medians are compared. A step is forward, backw
 
     fp32   both compute in FP32
     bf16   ours: FP32 masters, BF16 products. The peer twice: the same under autocast, and with all of it in BF16
+
+Ours is measured with compile=on and with compile=off, the peer as it is and, with --compile-peer, with torch.compile on
+each of its layers too; all in turns in the same run.
 
 The second table has the share of the machine's GEMM peak (the best of products like the model's, measured here, by
 torch and by oneDNN) that the step's multiplications with weights reach, where the time goes, and the limit: what all
@@ -99,9 +102,12 @@ def our_step(case: Case, precision: str, compiled: bool = False) -> Callable[[],
     return step
 
 
-def peer_step(case: Case, dtype: torch.dtype, autocast: bool) -> Callable[[], float]:
+def peer_step(case: Case, dtype: torch.dtype, autocast: bool, compiled: bool = False) -> Callable[[], float]:
     weights = weights_of(our_model(case.config, "fp32").stages[0])
     peer, batch = peer_model(case.config, weights, dtype).train(), random_batch(case)
+    if compiled:
+        for layer in peer.model.layers:
+            layer.compile()
     optimizer = adamw(peer.parameters())
 
     def step() -> float:
@@ -152,14 +158,21 @@ def _speed_alone(make: Callable[[], Callable[[], float]], case: Case, rounds: in
     return case.tokens / statistics.median(times)
 
 
-def compare(case: Case, rounds: int) -> list[Row]:
-    """Tokens per second of ours against each peer, steps taken in turns after two to warm up."""
+OURS = ("compile=on", "compile=off")
+
+
+def compare(case: Case, rounds: int, compile_peer: bool) -> list[Row]:
+    """Tokens per second of ours, both ways, against each peer, steps taken in turns after two to warm up."""
     rows = []
     for precision, kinds in PEERS.items():
-        steps = {"ours": our_step(case, precision)} | {n: peer_step(case, *kind) for n, kind in kinds.items()}
+        steps = {name: our_step(case, precision, name == "compile=on") for name in OURS}
+        for name, kind in kinds.items():
+            steps[name] = peer_step(case, *kind)
+            if compile_peer:
+                steps[f"{name}, compiled"] = peer_step(case, *kind, compiled=True)
         losses = {name: [step(), step()] for name, step in steps.items()}
         for name, values in losses.items():
-            if abs(values[0] - losses["ours"][0]) > 0.01 * values[0]:
+            if abs(values[0] - losses["compile=off"][0]) > 0.01 * values[0]:
                 raise RuntimeError(f"{name} does not compute what ours does: {losses}")
         times: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(rounds):
@@ -167,21 +180,13 @@ def compare(case: Case, rounds: int) -> list[Row]:
                 times[name].append(seconds(step))
         speed = {name: case.tokens / statistics.median(values) for name, values in times.items()}
         rows += [
-            Row(f"{case.name}, {precision}", "tokens/s", speed["ours"], name, speed[name]) for name in list(steps)[1:]
+            Row(f"{case.name}, {precision}, {ours}", "tokens/s", speed[ours], name, speed[name])
+            for ours in OURS
+            for name in steps
+            if name not in OURS
         ]
         del steps
         gc.collect()
-    return rows
-
-
-def compare_compiled(case: Case, rounds: int) -> list[Row]:
-    """compile=on against off, steps taken in turns."""
-    rows = []
-    for precision in ("fp32", "bf16"):
-        steps = [our_step(case, precision, compiled) for compiled in (True, False)]
-        times = [[seconds(step) for step in steps] for _ in range(rounds + 2)][2:]
-        on, off = (case.tokens / statistics.median(column) for column in zip(*times, strict=True))
-        rows.append(Row(f"{case.name}, {precision}", "tokens/s", on, "compile=off", off))
     return rows
 
 
@@ -204,17 +209,21 @@ def gemm_peak(dtype: torch.dtype) -> tuple[float, float]:
     return best[0], best[1]
 
 
+GROUPED = ("deepseek_cpu::grouped_product", "deepseek_cpu::add_grouped_weight_grads")
+
+
 def where_time_goes(case: Case, precision: str, peer_speed: float) -> dict[str, float]:
-    """Milliseconds of one step by kind of operation, and the share of the GEMM peak; peer_speed in tokens/s."""
-    step = our_step(case, precision)
+    """Milliseconds of one step (compile=on) by kind of operation, and the share of the GEMM peak; peer in tokens/s."""
+    step = our_step(case, precision, compiled=True)
     step()
     step()
     elapsed = statistics.median(seconds(step) for _ in range(3))
     with profile() as measured:
         step()
     kinds = {
-        "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::bmm", "aten::addmm_"),
-        "copies and casts": ("aten::copy_", "aten::index_select", "aten::index_add_", "aten::cat"),
+        "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::bmm", "aten::addmm_", *GROUPED),
+        "attention": ("deepseek_cpu::attend", "deepseek_cpu::attend_backward"),
+        "copies and casts": ("aten::copy_", "aten::index", "aten::index_select", "aten::index_add_", "aten::cat"),
         "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::_log_softmax"),
         "optimizer, zeros": ("aten::_fused_adamw_", "aten::fill_"),
     }
@@ -344,7 +353,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one size alone")
     parser.add_argument("--scaling", action="store_true", help="cost as sequence and experts grow, instead")
     parser.add_argument("--resume", action="store_true", help="keep the points that an earlier --scaling measured")
-    parser.add_argument("--compile", action="store_true", help="compile=on against off, instead")
+    parser.add_argument("--compile-peer", action="store_true", help="also the peer with its layers compiled")
     parser.add_argument("--default-allocator", action="store_true", help="peer alone as it comes, then ours, instead")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -356,25 +365,22 @@ def main() -> None:
     if options.scaling:
         scaling(options.resume)
         return
-    if options.compile:
-        publish("model_compile", compare_compiled(CASES[0], options.rounds))
-        return
     for case in CASES if options.case is None else (CASES[options.case],):
-        measure(case, options.rounds)
+        measure(case, options.rounds, options.compile_peer)
 
 
-def measure(case: Case, rounds: int) -> None:
+def measure(case: Case, rounds: int, compile_peer: bool) -> None:
     """One size, into the results, where those of the other size stay."""
-    rows = compare(case, rounds)
+    rows = compare(case, rounds, compile_peer)
     file, times = RESULTS / "model.json", RESULTS / "model_time.json"
     known = json.loads(file.read_text())["rows"] if file.exists() else []
     others = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in known]
     rows += [row for row in others if not row.case.startswith(case.name)]
     publish("model", sorted(rows, key=lambda row: row.case))
     tables = json.loads(times.read_text()) if times.exists() else {}
-    for precision in ("fp32", "bf16"):
+    for precision, kinds in PEERS.items():
         name = f"{case.name}, {precision}"
-        peer = next(row.theirs for row in rows if row.case == name)
+        peer = next(row.theirs for row in rows if row.case.startswith(name) and row.peer in kinds)
         tables[name] = where_time_goes(case, precision, peer)
     times.write_text(json.dumps(tables, indent=1) + "\n")
 

@@ -35,6 +35,7 @@ def machine() -> dict[str, object]:
     )
     return {
         "cpu": cpu,
+        "cpu_model": _model(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
@@ -58,6 +59,12 @@ def publish(name: str, rows: list[Row], keep: bool = False) -> None:
     before = json.loads(path.read_text())["rows"] if keep and path.exists() else []
     found = [row for row in before if row["case"] not in cases] + [{**asdict(r), "ratio": r.ratio} for r in rows]
     path.write_text(json.dumps({"rows": found, "machine": machine()}, indent=1) + "\n")
+
+
+def _model() -> str:
+    """Family and model of the processor: virtual machines may call several generations by the same name."""
+    found = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith(("cpu family", "model\t"))][:2]
+    return "family {}, model {}".format(*found) if len(found) == 2 else "unknown"
 
 
 def _cpuinfo() -> list[str]:
