@@ -279,8 +279,8 @@ def scaling(resume: bool) -> None:
 
 
 def _point(case: Case) -> dict[str, float]:
-    """Forward and backward alone, compile=on: the optimizer's time depends on the parameters, not on the tokens."""
-    replica, batch = our_model(case.config, "fp32", compiled=True), random_batch(case)
+    """Forward and backward alone: the optimizer's time depends on the parameters, not on the tokens."""
+    replica, batch = our_model(case.config, "fp32"), random_batch(case)
     replica.pipeline.step([batch])
     taken = min(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(5))
     before = _reset_peak()
