@@ -278,8 +278,7 @@ class Decoder:
                 return x_TD[:0]
             batch, x_TD, new_TC, k_rope = wanted.batch, *(t[wanted.rows_W] for t in (x_TD, new_TC, k_rope))
         latent_q = attention.query_norm(attention.query_down(x_TD)) if c.query_rank else x_TD
-        q_TX = attention.query_up(latent_q)
-        return attention.output(self._attend_groups(layer, q_TX, new_TC, k_rope, batch).to(self.dtype))
+        return attention.output(self._attend_groups(layer, latent_q, new_TC, k_rope, batch).to(self.dtype))
 
     @property
     def _high(self) -> torch.dtype:
@@ -287,29 +286,29 @@ class Decoder:
         return torch.promote_types(self.dtype, torch.float32) if self.device.type == "cpu" else self.dtype
 
     def _attend_groups(
-        self, layer: Layer, q_TX: Tensor, new_TC: Tensor, k_rope_TR: Tensor, batch: DecodeBatch
+        self, layer: Layer, latent_q: Tensor, new_TC: Tensor, k_rope_TR: Tensor, batch: DecodeBatch
     ) -> Tensor:
-        """[T, H·V] from raw queries, new latents, and the keys' rotary parts before they were turned."""
+        """[T, H·V] from what queries are made of, new latents, and the keys' rotary parts before they were turned."""
         sizes, only = layer.attention.sizes, len(batch.groups) == 1
         at_once = [
             self.fused and g.fresh and prefers_expanded(self.config, g.hidden_BnL.shape[1]) for g in batch.groups
         ]
         if not all(at_once):
-            q_THQ = q_TX.to(self._high, copy=True).view(-1, sizes.H, sizes.N + sizes.R)
+            q_THQ = layer.attention.query_up(latent_q).to(self._high, copy=True).view(-1, sizes.H, sizes.N + sizes.R)
             rotate_(q_THQ[..., sizes.N :], batch.cos.unsqueeze(1), batch.sin.unsqueeze(1))
             q_THQ.mul_(sizes.scale)
-        out_TX = q_TX.new_empty(0)
+        out_TX = latent_q.new_empty(0)
         for group, whole in zip(batch.groups, at_once, strict=True):
             rows = slice(None) if only else group.rows_R
             if whole:
-                parts = (t[rows] for t in (q_TX, new_TC, k_rope_TR, batch.cos, batch.sin))
+                parts = (t[rows] for t in (latent_q, new_TC, k_rope_TR, batch.cos, batch.sin))
                 out = fused.attend_prompts(layer.attention, group.hidden_BnL.shape[1], *parts)
             else:
                 out = self._attend_group(layer, q_THQ[rows], group)
             if only:
                 return out
             if not len(out_TX):
-                out_TX = out.new_empty(len(q_TX), out.shape[1])
+                out_TX = out.new_empty(len(latent_q), out.shape[1])
             out_TX[rows] = out
         return out_TX
 

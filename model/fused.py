@@ -41,20 +41,19 @@ def routed_experts(layer: Layer, x_TD: Tensor, gates_TK: Tensor, slots_TK: Tenso
 
 
 def attend_prompts(
-    attention: LatentAttention, rows: int, q_RX: Tensor, latents_RC: Tensor, k_rope_RA: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
+    attention: LatentAttention, rows: int, latent_q: Tensor, latents_RC: Tensor, k_rope_RA: Tensor, cos: Tensor,
+    sin: Tensor,
+) -> Tensor:  # fmt: skip
     """[R, H·V] of prompts without earlier tokens, `rows` tokens each, one after the other.
 
-    q_RX       queries of all heads, neither turned nor scaled
+    latent_q   the queries' normed latents [R, ·] (the hidden states in a model without them)
     latents_RC the normed key-value latents, and maybe more columns after them
     k_rope_RA  the keys' rotary part, not yet turned; cos, sin [R, rope_dim/2] will turn it
     """
-    sizes, prompts = attention.sizes, len(q_RX) // rows
-    rank = attention.config.key_value_rank
-    operands = (q_RX, attention.key_value_up(latents_RC[:, :rank]), k_rope_RA, cos, sin)
-    first = torch.zeros(prompts, rows, dtype=torch.int64)
-    by_prompt = (operand.contiguous().view(prompts, rows, -1) for operand in operands)
-    result: tuple[Tensor, Tensor] = kernels().attend(
-        *by_prompt, first, torch.full_like(first, rows), sizes.H, sizes.scale
+    sizes, prompts = attention.sizes, len(latent_q) // rows
+    latent_q, latents, k_rope, cos, sin = (
+        operand.contiguous().view(prompts, rows, -1) for operand in (latent_q, latents_RC, k_rope_RA, cos, sin)
     )
-    return result[0].view(len(q_RX), -1)
+    weights = (attention.query_up.weight.detach(), attention.key_value_up.weight.detach())
+    result: Tensor = kernels().attend_latents(latent_q, latents, k_rope, *weights, cos, sin, sizes.H, sizes.scale)
+    return result.view(len(latents_RC), -1)

@@ -5,6 +5,8 @@
 // keeps the logarithm of each row's sum of exponentials; backward makes the probabilities again from that, transposed
 // (keys × queries), so that every product reads its operands row by row.
 //
+// `attend_latents` is for prompts in generation: it makes a head's queries, keys and values itself.
+//
 // Shapes: B sequences, S positions (P: padded to whole blocks), H heads; per head N channels without position, R rotary
 // ones, Q = N + R, V of values.
 
@@ -59,6 +61,8 @@ void rotate(float* x, int64_t ld, const Angles& angles, const Sizes& z, float di
 template <typename T>
 struct Head {
   std::vector<float> q, k, v;
+
+  explicit Head(const Sizes& z) : q(z.P * z.Q()), k(z.P * z.Q()), v(z.P * z.V) {}
 
   Head(const T* q_up, const T* kv_up, const T* k_rope, const Angles& angles, const Sizes& z, float scale)
       : q(z.P * z.Q()), k(z.P * z.Q()), v(z.P * z.V) {
@@ -272,9 +276,61 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout, const Ten
   return {dq_up, dkv_up, dk_rope};
 }
 
+// C [rows, N] = a [rows, K] · b [K, N] in tiles of NARROW rows; the last tile is filled up with zeros.
+void multiply_rows(int64_t rows, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                   int64_t ldc) {
+  for (int64_t row = 0; row < rows; row += NARROW) {
+    if (rows - row >= NARROW) {
+      multiply(NARROW, N, K, a + row * lda, lda, b, ldb, c + row * ldc, ldc, false);
+      continue;
+    }
+    std::vector<float> tile(NARROW * K);
+    copy_rows(a + row * lda, lda, tile.data(), K, rows - row, K);
+    multiply(NARROW, N, K, tile.data(), K, b, ldb, c + row * ldc, ldc, false);
+  }
+}
+
+// Attention of B prompts from their latents, forward alone: the heads' projections stay in the cache of a core. All FP32:
+// latent_q [B, S, K], latent_kv [B, S, ≥ C] of which the first C channels count, k_rope [B, S, R] not yet turned, the
+// weights of the projections [H · (N + R), K] and [H · (N + V), C]; each prompt is one document. [B, S, H · V].
+Tensor attend_latents(const Tensor& latent_q, const Tensor& latent_kv, const Tensor& k_rope, const Tensor& query_up,
+                      const Tensor& key_value_up, const Tensor& cos, const Tensor& sin, int64_t heads, double scale) {
+  const int64_t B = latent_q.size(0), S = latent_q.size(1), K = latent_q.size(2), R = k_rope.size(2);
+  const int64_t C = key_value_up.size(1), ld = latent_kv.size(2), Q = query_up.size(0) / heads, N = Q - R;
+  const int64_t kv = key_value_up.size(0) / heads;
+  const Sizes z{B, S, heads, N, R, kv - N, round_up(S, WIDE)};
+  Tensor out = at::empty({B, S, heads * z.V}, latent_q.options());
+  const float *const q_in = latent_q.const_data_ptr<float>(), *const kv_in = latent_kv.const_data_ptr<float>();
+  const float *const w_q = query_up.const_data_ptr<float>(), *const w_kv = key_value_up.const_data_ptr<float>();
+  const float *const rope = k_rope.const_data_ptr<float>();
+  const float *const cosines = cos.const_data_ptr<float>(), *const sines = sin.const_data_ptr<float>();
+  float* const result = out.data_ptr<float>();
+  const std::vector<int64_t> first(S, 0), end(S, S);
+  at::parallel_for(0, B * heads, 1, [&](int64_t begin, int64_t stop) {
+    std::vector<float> turned_q(K * Q), turned_kv(C * kv), lse(S);
+    for (int64_t task = begin; task < stop; ++task) {
+      const int64_t start = task / heads * S, h = task % heads;
+      transpose(w_q + h * Q * K, K, turned_q.data(), Q, Q, K);
+      for (float& w : turned_q) w *= static_cast<float>(scale);
+      transpose(w_kv + h * kv * C, C, turned_kv.data(), kv, kv, C);
+      Head<float> head(z);
+      multiply_rows(S, Q, K, q_in + start * K, K, turned_q.data(), Q, head.q.data(), Q);
+      multiply_rows(S, N, C, kv_in + start * ld, ld, turned_kv.data(), kv, head.k.data(), Q);
+      multiply_rows(S, z.V, C, kv_in + start * ld, ld, &turned_kv[N], kv, head.v.data(), z.V);
+      copy_rows(rope + start * R, R, head.k.data() + N, Q, S, R);
+      const Angles angles{cosines + start * R / 2, sines + start * R / 2};
+      rotate(head.q.data() + N, Q, angles, z, 1);
+      rotate(head.k.data() + N, Q, angles, z, 1);
+      forward_head(head, {first.data(), end.data()}, z, result + start * heads * z.V + h * z.V, heads * z.V, lse.data());
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(deepseek_cpu, library) {
+  library.def("attend_latents", &attend_latents);
   library.def("attend", &attend);
   library.def("attend_backward", &attend_backward);
 }
