@@ -1,5 +1,5 @@
 """Our C++ kernels for CPUs with AVX-512 (`compile=on`): built when first asked for, then kept in torch's folder of
-extensions (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`), whose lock makes other ranks wait.
+extensions (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`). One process builds and the others wait for it.
 
 They call oneDNN's product of one tile, which torch exports, from each thread for itself. A product that two threads
 share, as torch's and oneDNN's own calls do it, waits for the slower of them every fifty microseconds.
@@ -7,8 +7,12 @@ share, as torch's and oneDNN's own calls do it, waits for the slower of them eve
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,12 +44,26 @@ def kernels() -> Any:
     """
     if shutil.which(COMPILER) is None:
         raise RuntimeError(f"compile=on needs a C++ compiler, and there is no {COMPILER!r}: install g++, or use off")
-    from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import get_default_build_root, load
 
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.cpp"))
     content = b"".join(path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h"))))
     name = f"{NAMESPACE}_{hashlib.sha256(content).hexdigest()[:12]}"  # so two versions can be used side by side
+    build = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / name
     flags = [*FLAGS, *DEFINES]
-    load(name, [str(path) for path in sources], flags, extra_ldflags=["-fopenmp"], is_python_module=False)
+    with _alone_in(build):
+        load(name, [str(path) for path in sources], flags, extra_ldflags=["-fopenmp"], build_directory=str(build),
+             is_python_module=False)  # fmt: skip
     return getattr(torch.ops, NAMESPACE)
+
+
+@contextmanager
+def _alone_in(build: Path) -> Iterator[None]:
+    """Hold a lock that ends with its process. Torch's own is a file, which a killed build leaves behind, and for which
+    every later process would wait for ever."""
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "building").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (build / "lock").unlink(missing_ok=True)
+        yield
