@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,3 +102,20 @@ def test_counts_that_do_not_fit_the_rows_are_refused() -> None:
 def test_other_widths_stay_with_torch(dtype: torch.dtype) -> None:
     x, weight = torch.ones(4, 24, dtype=dtype), torch.ones(2, 16, 24, dtype=dtype)
     assert torch.equal(grouped_product(x, weight, [1, 3], compiled=True), torch.full((4, 16), 24, dtype=dtype))
+
+
+@needs_avx512
+def test_a_build_that_was_killed_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch leaves a file called `lock` behind then, and waits for it to go."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    built: list[bool] = []
+
+    def load(name: str, sources: list[str], flags: list[str], build_directory: str, **rest: object) -> None:
+        built.append(not (Path(build_directory) / "lock").exists())
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    library.kernels.__wrapped__()
+    (folder,) = tmp_path.iterdir()
+    (folder / "lock").touch()
+    library.kernels.__wrapped__()
+    assert built == [True, True]
