@@ -7,12 +7,15 @@ takes F + B), so ranks do not compete for the processor, while autograd, message
 runtime's own work are real. Both runtimes run the same autograd function, in the same processes, in turns. PyTorch's
 stages get W through its own `dw_builder`, so it too pays no second walk of the graph.
 
-A sleep lasts longer than asked for. How much is measured between the steps, with all ranks sleeping at once and nothing
-else, and the theoretical makespan is that of the median sleep. `no pipeline` is one process's F, B and W of as many
-micro-batches under plain autograd, all processes at once: what the emulated stage itself costs beyond its sleeps.
+A sleep costs more than was asked for, in two ways. It lasts longer: measured between the steps, with all ranks sleeping
+at once and nothing else (`as long as sleeps last`). And the processor that wakes up is cold: the code after a sleep of
+10 ms takes several times as long as it takes without the sleep, which no kernel on a real device does to its host. Both
+together are measured too, without any pipeline: F, I and W of as many micro-batches under plain autograd, all processes
+at once, with sleeps minus without (`what sleeps cost`). The stage's own autograd stays in what is measured, as does all
+of the runtime's code. The theoretical makespan is given for both lengths of a sleep.
 PyTorch's makespan is held against its own order of actions.
-Ours sends a gradient as soon as I is over and may so be faster than the published makespan; the second ratio is to a
-simulation that does the same (`early`). Only the seconds compare the two runtimes.
+Ours sends a gradient as soon as I is over and may so be faster than the published makespan; `early` is a simulation
+that does the same. Only the seconds compare the two runtimes.
 
 The second table adds a delay to every message inside the emulated link, and compares with the simulator's prediction.
 """
@@ -28,6 +31,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -63,6 +67,12 @@ class Plan:
     delay: float
 
 
+def work(unit: float) -> None:
+    """What the emulated device does; 0 leaves it out, since even a sleep of no length lasts 0.07 ms."""
+    if unit:
+        time.sleep(unit)
+
+
 class Sleep(torch.autograd.Function):
     """A stage's work: F in forward, I in backward, which puts W aside."""
 
@@ -70,14 +80,14 @@ class Sleep(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, unit: float, defer: Callable[[Callable[[], None]], None]
     ) -> Tensor:
-        time.sleep(unit)
+        work(unit)
         ctx.unit, ctx.defer = unit, defer
         return x + 1
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        time.sleep(ctx.unit)
-        ctx.defer(partial(time.sleep, ctx.unit))
+        work(ctx.unit)
+        ctx.defer(partial(work, ctx.unit))
         return grad, None, None, None
 
 
@@ -148,7 +158,10 @@ Timed = tuple[float, float]
 
 
 def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
-    """One rank of all runs. Returns how long sleeps last, per run the (start, end) of each step, PyTorch's orders."""
+    """One rank of all runs. Returns how long sleeps last, per run the (start, end) of each step, PyTorch's orders.
+
+    `warm` is `alone` without its sleeps, on no more ranks than there are cores.
+    """
     links = Links.create([range(world)], TIMEOUT)
     result: dict[str, Any] = {"sleeps": [], "times": {}, "orders": {}}
     for name in plan.schedules:
@@ -160,6 +173,8 @@ def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
             runs["delayed", name] = our_step(schedule, rank, links, plan, plan.delay)
         if name == plan.schedules[0]:
             runs["alone", name] = partial(no_pipeline, plan)
+            computes = rank < (psutil.cpu_count() or 1)
+            runs["warm", name] = partial(no_pipeline, replace(plan, unit=0.0)) if computes else lambda: None
         for key, step in runs.items():
             step()
             result["times"][key] = []
@@ -229,34 +244,40 @@ def pytorch_step(name: str, rank: int, world: int, plan: Plan) -> tuple[Callable
 def evaluate(world: int, plan: Plan) -> list[Row]:
     """Run all of it on `world` ranks, print what was measured, return the rows to publish."""
     results = run_ranks(world, measure, plan, timeout=900)
-    sleep = statistics.median(s for r in results for s in r["sleeps"])
-    print(f"{world} ranks: a sleep of {1e3 * plan.unit:g} ms lasts {1e3 * sleep:.3f} ms")
-    rows = []
+    lasts = statistics.median(s for r in results for s in r["sleeps"])
+    alone, warm = (seconds(results, who) for who in ("alone", "warm"))
+    cost = (alone - warm) / (3 * plan.micro_batches)
+    print(f"{world} ranks: a sleep of {1e3 * plan.unit:g} ms lasts {1e3 * lasts:.3f} ms and costs {1e3 * cost:.3f}")
+    case = f"no pipeline, {world} processes"
+    rows = [
+        Row(case, "s/step", alone, "as long as sleeps last", 3 * plan.micro_batches * lasts),
+        Row(f"{case}, without sleeps", "s/step", warm, "with sleeps", alone),
+    ]
     for (who, name), times in results[0]["times"].items():
+        if who in ("alone", "warm"):
+            continue
         columns = [r["times"][who, name] for r in results]
         spans = [max(c[i][1] for c in columns) - min(c[i][0] for c in columns) for i in range(len(times))]
-        if who == "alone":
-            case = f"no pipeline, {world} processes"
-            rows.append(Row(case, "s/step", statistics.median(spans), "sleeps", 3 * plan.micro_batches * sleep))
-            print(f"  {case:44} {' '.join(f'{s / rows[-1].theirs:.3f}' for s in sorted(spans))}")
-            continue
+        median = statistics.median(spans)
         schedule = make_schedule(name, world, plan.micro_batches)
         if who == "pytorch" and results[0]["orders"][name]:
             schedule = read_csv(results[0]["orders"][name])
-        lengths = (sleep,) * schedule.num_stages
-        costs = Costs(lengths, lengths, lengths)
-        if who == "delayed":
-            costs = replace(costs, latency=plan.delay)
         label = {"ours": name, "pytorch": f"PyTorch's {PYTORCH.get(name, int).__name__}", "delayed": name}[who]
         case = f"{label}, {world} ranks" + (f", messages {1e3 * plan.delay:g} ms late" if who == "delayed" else "")
-        theory = simulate(schedule, costs).makespan
-        rows.append(Row(case, "s/step", statistics.median(spans), "simulated", theory))
-        if who != "pytorch":
-            rows.append(
-                replace(rows[-1], peer="simulated, early", theirs=simulate(schedule, costs, early=True).makespan)
-            )
-        print(f"  {case:44} {' '.join(f'{s / theory:.3f}' for s in sorted(spans))}")
+        for peer, sleep in (("as long as sleeps last", lasts), ("what sleeps cost", cost)):
+            lengths = (sleep,) * schedule.num_stages
+            costs = Costs(lengths, lengths, lengths, latency=plan.delay if who == "delayed" else 0.0)
+            for early in (False, True) if who != "pytorch" else (False,):
+                theory = simulate(schedule, costs, early=early).makespan
+                rows.append(Row(case, "s/step", median, peer + (", early" if early else ""), theory))
+        print(f"  {case:44} {' '.join(f'{s / rows[-1].theirs:.3f}' for s in sorted(spans))}")
     return rows
+
+
+def seconds(results: Sequence[dict[str, Any]], who: str) -> float:
+    """The median over steps and ranks of how long a rank took for this run, of those that took part."""
+    steps = [end - start for r in results for (w, _), times in r["times"].items() if w == who for start, end in times]
+    return statistics.median(s for s in steps if s > 1e-3)
 
 
 def main() -> None:
