@@ -227,6 +227,12 @@ def gradients(products: Products, counts: list[int] | None, x: Tensor, weight: T
     return [y.detach(), leaf.grad, parameter.grad]
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """One draw in a hundred of a few numbers nearly cancels, and its relative error is then above any bound."""
+    torch.manual_seed(0)
+
+
 MODULES = ("attention_query_up", "attention_output", "experts_down")
 
 
