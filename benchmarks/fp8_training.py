@@ -6,7 +6,8 @@
 Runs of a model and seed start from the same weights and read the same text in the same order; only the precision
 differs. The text is read less than once, so the training loss is an honest measure. Adam's moments are BF16 in all.
 The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order. Those called
-`same` only evaluate what `bf16` of that seed has reached, in each precision: no run drifts there.
+`same` only evaluate what `bf16` of that seed has reached, in each precision: no run drifts there. `long` is from
+scratch for 4,000 steps.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone
@@ -29,7 +30,7 @@ from pathlib import Path
 from benchmarks.report import Row, publish
 
 RUNS = Path("runs/fp8_training")
-STEPS = 1000
+STEPS, LONG = 1000, 4000
 WINDOW = 200  # steps over which a loss is averaged
 COMMON = (
     "parallel.pp=1 schedule=one_f_one_b launch.threads=1 logger=none sample_tokens=0 "
@@ -46,6 +47,7 @@ ROWS = {"tiny": 4, "wider": 2}  # sequences in a step
 SAME = "optim.lr=1e-12 optim.lr_final=1e-12 optim.warmup_steps=0 eval_every=1 init_from=runs/fp8_training"  # one step
 MODELS |= {
     **{f"{name}_later": f"{words} {LATER}/{name}-bf16-0" for name, words in MODELS.items()},
+    **{f"{name}_long": words for name, words in MODELS.items()},
     **{f"{name}_same": f"{words} {SAME}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
 }
 VARIANTS = {
@@ -83,7 +85,7 @@ class Losses:
 
 
 def steps_of(model: str) -> int:
-    return 1 if model.endswith("_same") else STEPS
+    return {"same": 1, "long": LONG}.get(model.partition("_")[2], STEPS)
 
 
 def run(model: str, variant: str, seed: str = "0") -> None:
@@ -108,11 +110,12 @@ def report() -> None:
                 if model.endswith("_same"):
                     rows.append(Row(f"{case}, same weights", "validation loss", ours.val[1], "bf16", bf16.val[1]))
                     continue
-                differences.append(100 * (ours.smoothed(STEPS) / bf16.smoothed(STEPS) - 1))
-                for end in (400, 600, 800, STEPS):
+                steps = steps_of(model)
+                differences.append(100 * (ours.smoothed(steps) / bf16.smoothed(steps) - 1))
+                for end in (2 * steps // 5, 3 * steps // 5, 4 * steps // 5, steps):
                     name = f"{case}, steps {end - WINDOW + 1}-{end}"
                     rows.append(Row(name, "loss", ours.smoothed(end), "bf16", bf16.smoothed(end)))
-                rows.append(Row(f"{case}, step {STEPS}", "validation loss", ours.val[STEPS], "bf16", bf16.val[STEPS]))
+                rows.append(Row(f"{case}, step {steps}", "validation loss", ours.val[steps], "bf16", bf16.val[steps]))
             if len(differences) > 1:
                 case = f"{model}, {variant} against bf16, mean of {len(differences)} seeds, last {WINDOW} steps"
                 error = statistics.stdev(differences) / len(differences) ** 0.5
@@ -129,10 +132,10 @@ def draw(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     models = [m for m in MODELS if not m.endswith("_same") and any(Losses.read(m, "bf16", s) for s in SEEDS)]
-    figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 5.5), sharex=True, squeeze=False)
-    ends = range(WINDOW, STEPS + 1, 10)
+    figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 5.5), sharex="col", squeeze=False)
     for column, model in enumerate(models):
         above, below = axes[:, column]
+        ends = range(WINDOW, steps_of(model) + 1, 10)
         for (variant, color), seed in product(COLORS.items(), SEEDS):
             ours, bf16 = Losses.read(model, variant, seed), Losses.read(model, "bf16", seed)
             if ours is None or bf16 is None:
