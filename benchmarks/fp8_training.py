@@ -7,7 +7,7 @@ Runs of a model and seed start from the same weights and read the same text in t
 differs. The text is read less than once, so the training loss is an honest measure. Adam's moments are BF16 in all.
 The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order. Those called
 `same` only evaluate what `bf16` of that seed has reached, in each precision: no run drifts there. `long` is from
-scratch for 4,000 steps.
+scratch for 2,000 steps.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone
@@ -30,7 +30,7 @@ from pathlib import Path
 from benchmarks.report import Row, publish
 
 RUNS = Path("runs/fp8_training")
-STEPS, LONG = 1000, 4000
+STEPS, LONG = 1000, 2000
 WINDOW = 200  # steps over which a loss is averaged
 COMMON = (
     "parallel.pp=1 schedule=one_f_one_b launch.threads=1 logger=none sample_tokens=0 "
