@@ -1,7 +1,8 @@
 // Attention from projected heads on a CPU, forward and backward: softmax(q · kᵀ) · v, causal, inside each document.
 //
 // A task is one head of one sequence, on one thread: it rotates and lays out the head's queries, keys and values once,
-// in FP32, and then works on blocks of them that stay in the cache. Blocks that no query may see are skipped. Forward
+// in the dtype in which they come, and then works on blocks of them that stay in the cache. Products are of that dtype
+// into FP32; scores, softmax and all sums are FP32. Blocks that no query may see are skipped. Forward
 // keeps the logarithm of each row's sum of exponentials; backward makes the probabilities again from that, transposed
 // (keys × queries), so that every product reads its operands row by row.
 //
@@ -26,13 +27,20 @@ constexpr int64_t NARROW = 64, WIDE = 128;  // a block of scores: forward has 64
 
 struct Sizes {
   int64_t B, S, H, N, R, V, P;
+  float scale;  // of the scores
   int64_t Q() const { return N + R; }
   int64_t ld() const { return P + 16; }  // of what is transposed: not a power of two, for the cache's sake
 };
 
-Sizes sizes_of(const Tensor& q_up, const Tensor& kv_up, const Tensor& k_rope, int64_t heads) {
-  const int64_t R = k_rope.size(2), N = q_up.size(2) / heads - R;
-  return {q_up.size(0), q_up.size(1), heads, N, R, kv_up.size(2) / heads - N, round_up(q_up.size(1), WIDE)};
+// What a head's width is rounded up to, with zeros: BF16's right operands have pairs of rows.
+template <typename T>
+int64_t even(int64_t width) {
+  return round_up(width, PAIR<T>);
+}
+
+Sizes sizes_of(const Tensor& q_up, const Tensor& kv_up, const Tensor& k_rope, int64_t heads, double scale) {
+  const int64_t R = k_rope.size(2), N = q_up.size(2) / heads - R, V = kv_up.size(2) / heads - N;
+  return {q_up.size(0), q_up.size(1), heads, N, R, V, round_up(q_up.size(1), WIDE), static_cast<float>(scale)};
 }
 
 // Where the documents of a sequence lie: each position's document is [first, end).
@@ -46,134 +54,185 @@ struct Angles {
 };
 
 // Turn the channel pairs of x [S, R] by the angles × direction, in place.
-void rotate(float* x, int64_t ld, const Angles& angles, const Sizes& z, float direction) {
+template <typename T>
+void rotate(T* x, int64_t ld, const Angles& angles, const Sizes& z, float direction) {
   const int64_t pairs = z.R / 2;
   for (int64_t s = 0; s < z.S; ++s)
     for (int64_t p = 0; p < pairs; ++p) {
-      float *pair = x + s * ld + 2 * p, even = pair[0], odd = pair[1];
+      T* const pair = x + s * ld + 2 * p;
+      const float even = pair[0], odd = pair[1];
       const float cos = angles.cos[s * pairs + p], sin = direction * angles.sin[s * pairs + p];
       pair[0] = even * cos - odd * sin;
       pair[1] = even * sin + odd * cos;
     }
 }
 
-// One head, as FP32 [P, ·] with zeros below row S.
+// One head: q and k [P, Q], v [P, V], with zeros below row S and in columns that only make the width even.
 template <typename T>
 struct Head {
-  std::vector<float> q, k, v;
+  std::vector<T> q, k, v;
 
-  explicit Head(const Sizes& z) : q(z.P * z.Q()), k(z.P * z.Q()), v(z.P * z.V) {}
+  explicit Head(const Sizes& z) : q(z.P * even<T>(z.Q())), k(q.size()), v(z.P * even<T>(z.V)) {}
 
-  Head(const T* q_up, const T* kv_up, const T* k_rope, const Angles& angles, const Sizes& z, float scale)
-      : q(z.P * z.Q()), k(z.P * z.Q()), v(z.P * z.V) {
-    const int64_t Q = z.Q(), kv = z.N + z.V;
-    copy_rows(q_up, z.H * Q, q.data(), Q, z.S, Q, scale);
+  Head(const T* q_up, const T* kv_up, const T* k_rope, const Angles& angles, const Sizes& z) : Head(z) {
+    const int64_t Q = even<T>(z.Q()), kv = z.N + z.V;
+    copy_rows(q_up, z.H * z.Q(), q.data(), Q, z.S, z.Q());
     copy_rows(kv_up, z.H * kv, k.data(), Q, z.S, z.N);
     copy_rows(k_rope, z.R, k.data() + z.N, Q, z.S, z.R);
-    copy_rows(kv_up + z.N, z.H * kv, v.data(), z.V, z.S, z.V);
+    copy_rows(kv_up + z.N, z.H * kv, v.data(), even<T>(z.V), z.S, z.V);
     rotate(q.data() + z.N, Q, angles, z, 1);
     rotate(k.data() + z.N, Q, angles, z, 1);
   }
 };
 
-std::vector<float> transposed(const std::vector<float>& x, int64_t width, const Sizes& z) {
-  std::vector<float> result(width * z.ld());
+// x [P, width] as [width, ld].
+template <typename T>
+std::vector<T> transposed(const std::vector<T>& x, int64_t width, const Sizes& z) {
+  std::vector<T> result(width * z.ld());
   transpose(x.data(), width, result.data(), z.ld(), z.P, width);
   return result;
 }
+
+// The same as a right operand.
+template <typename T>
+std::vector<T> transposed_right(const std::vector<T>& x, int64_t width, const Sizes& z) {
+  std::vector<T> result(width * z.ld());
+  pack_turned(x.data(), width, result.data(), z.ld(), z.P, width);
+  return result;
+}
+
+// x [P, width] as a right operand; FP32 is one as it is.
+template <typename T>
+struct Right {
+  std::vector<T> packed;
+  const T* at;
+
+  Right(const std::vector<T>& x, int64_t width, const Sizes& z) : at(x.data()) {
+    if constexpr (PAIR<T> > 1) {
+      packed.resize(x.size());
+      pack(x.data(), width, packed.data(), z.P, width);
+      at = packed.data();
+    }
+  }
+};
 
 // What is left of a row of scores: its largest one, and Σ exp(score − largest).
 struct Exponentials {
   float max, sum;
 };
 
-// exp(score − largest) in place over row[low, high), zeros in the rest of row[0, size).
-Exponentials exponentiate(float* row, int64_t low, int64_t high, int64_t size) {
-  std::fill(row, row + low, 0.f);
-  std::fill(row + high, row + size, 0.f);
+// exp(scale · (score − largest)) of row[low, high) into `to`, which may be the row, zeros in the rest of it [0, size).
+template <typename T>
+Exponentials exponentiate(const float* row, T* to, int64_t low, int64_t high, int64_t size, float scale) {
+  std::fill(to, to + low, T(0));
+  std::fill(to + high, to + size, T(0));
   if (low >= high) return {0, 1};
   Vec most(-std::numeric_limits<float>::infinity()), sums(0);
   const auto each = [&](auto&& use) {
-    for (int64_t i = low; i < high; i += Vec::size()) use(row + i, std::min<int64_t>(Vec::size(), high - i));
+    for (int64_t i = low; i < high; i += Vec::size()) use(i, std::min<int64_t>(Vec::size(), high - i));
   };
-  each([&](const float* x, int64_t n) { most = Vec::set(most, at::vec::maximum(most, Vec::loadu(x, n)), n); });
+  each([&](int64_t i, int64_t n) { most = Vec::set(most, at::vec::maximum(most, Vec::loadu(row + i, n)), n); });
   const float max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, most);
-  each([&](float* x, int64_t n) {
-    const Vec value = (Vec::loadu(x, n) - Vec(max)).exp_u20();
-    value.store(x, static_cast<int>(n));
+  each([&](int64_t i, int64_t n) {
+    const Vec value = (Vec(scale) * (Vec::loadu(row + i, n) - Vec(max))).exp_u20();
+    store(value, to + i, n);
     sums = Vec::set(sums, sums + value, n);
   });
-  return {max, at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, sums)};
+  return {scale * max, at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, sums)};
 }
 
 // out [S, V] with rows ld apart, and lse [S].
 template <typename T>
 void forward_head(const Head<T>& head, const Documents& documents, const Sizes& z, T* out, int64_t ld_out, float* lse) {
-  const int64_t Q = z.Q(), ld = z.ld();
-  const std::vector<float> k_t = transposed(head.k, Q, z);
-  std::vector<float> scores(NARROW * ld), sums(NARROW * z.V);
+  const int64_t Q = even<T>(z.Q()), V = even<T>(z.V), ld = z.ld();
+  const std::vector<T> k_t = transposed_right(head.k, Q, z);
+  const Right<T> v(head.v, V, z);
+  std::vector<float> scores(NARROW * ld), sums(NARROW * V);
+  std::vector<T> low_shares(PAIR<T> > 1 ? NARROW * ld : 0);
+  T* const shares = PAIR<T> > 1 ? low_shares.data() : reinterpret_cast<T*>(scores.data());
   std::vector<Exponentials> found(NARROW);
   for (int64_t row = 0; row < z.S; row += NARROW) {
     const int64_t rows = std::min(NARROW, z.S - row);
     const int64_t first = documents.first[row] / WIDE * WIDE, end = round_up(row + rows, NARROW);
     const auto width = [&](int64_t key) { return std::min(WIDE, end - key); };
     for (int64_t key = first; key < end; key += WIDE)
-      multiply(NARROW, width(key), Q, &head.q[row * Q], Q, &k_t[key], ld, &scores[key - first], ld, false);
+      multiply(NARROW, width(key), Q, &head.q[row * Q], Q, &k_t[key * PAIR<T>], ld, &scores[key - first], ld, false);
     for (int64_t r = 0; r < NARROW; ++r) {
       const int64_t low = r < rows ? documents.first[row + r] - first : 0, high = r < rows ? row + r + 1 - first : 0;
-      found[r] = exponentiate(&scores[r * ld], low, high, end - first);
+      found[r] = exponentiate(&scores[r * ld], shares + r * ld, low, high, end - first, z.scale);
       if (r < rows) lse[row + r] = found[r].max + std::log(found[r].sum);
     }
     for (int64_t key = first; key < end; key += WIDE)
-      multiply(NARROW, z.V, width(key), &scores[key - first], ld, &head.v[key * z.V], z.V, sums.data(), z.V, key > first);
+      multiply(NARROW, V, width(key), shares + key - first, ld, v.at + key * V, V, sums.data(), V, key > first);
     for (int64_t r = 0; r < rows; ++r)
-      copy_rows(&sums[r * z.V], z.V, out + (row + r) * ld_out, ld_out, 1, z.V, 1 / found[r].sum);
+      copy_rows(&sums[r * V], V, out + (row + r) * ld_out, ld_out, 1, z.V, 1 / found[r].sum);
   }
 }
 
-// The block's scores → probabilities p and their gradients (in dp), both [64 keys, 128 queries]; zero where masked.
-void differentiate(float* p, float* dp, int64_t key, int64_t row, const Documents& documents, const Sizes& z,
-                   const float* lse, const float* delta) {
-  for (int64_t k = 0; k < NARROW; ++k, p += WIDE, dp += WIDE) {
-    const int64_t position = key + k;
-    const bool real = position < z.S;
-    const int64_t low = real ? std::clamp<int64_t>(position - row, 0, WIDE) : 0;
-    const int64_t high = real ? std::clamp<int64_t>(documents.end[position] - row, low, WIDE) : 0;
-    for (float* x : {p, dp}) {
-      std::fill(x, x + low, 0.f);
-      std::fill(x + high, x + WIDE, 0.f);
-    }
-    for (int64_t r = low; r < high; r += Vec::size()) {
-      const int64_t n = std::min<int64_t>(Vec::size(), high - r);
-      const Vec share = (Vec::loadu(p + r, n) - Vec::loadu(lse + row + r, n)).exp_u20();
-      share.store(p + r, static_cast<int>(n));
-      (share * (Vec::loadu(dp + r, n) - Vec::loadu(delta + row + r, n))).store(dp + r, static_cast<int>(n));
-    }
-  }
-}
+// What backward has of a block, each [64 keys, 128 queries]: scores and the shares' gradients, and made of these the
+// shares p and the scores' gradients ds, the latter also as a right operand. FP32 has them in place.
+template <typename T>
+struct Block {
+  static constexpr bool LOW = PAIR<T> > 1;
+  std::vector<float> scores, dp;
+  std::vector<T> low_p, low_ds, low_right;
+  T *p, *ds, *ds_right;
 
-// Gradients of q (transposed), k and v of one head, all FP32.
+  Block()
+      : scores(NARROW * WIDE), dp(NARROW * WIDE), low_p(LOW ? NARROW * WIDE : 0), low_ds(low_p.size()),
+        low_right(low_p.size()), p(LOW ? low_p.data() : reinterpret_cast<T*>(scores.data())),
+        ds(LOW ? low_ds.data() : reinterpret_cast<T*>(dp.data())), ds_right(LOW ? low_right.data() : ds) {}
+
+  // Zero where masked. The block begins at this key and this row of queries.
+  void differentiate(int64_t key, int64_t row, const Documents& documents, const Sizes& z, const float* lse,
+                     const float* delta) {
+    for (int64_t k = 0; k < NARROW; ++k) {
+      const int64_t position = key + k, at = k * WIDE;
+      const bool real = position < z.S;
+      const int64_t low = real ? std::clamp<int64_t>(position - row, 0, WIDE) : 0;
+      const int64_t high = real ? std::clamp<int64_t>(documents.end[position] - row, low, WIDE) : 0;
+      for (T* x : {p + at, ds + at}) {
+        std::fill(x, x + low, T(0));
+        std::fill(x + high, x + WIDE, T(0));
+      }
+      for (int64_t r = low; r < high; r += Vec::size()) {
+        const int64_t n = std::min<int64_t>(Vec::size(), high - r);
+        const Vec score = Vec(z.scale) * Vec::loadu(&scores[at + r], n), rest = Vec::loadu(delta + row + r, n);
+        const Vec share = (score - Vec::loadu(lse + row + r, n)).exp_u20(), slope = Vec::loadu(&dp[at + r], n) - rest;
+        store(share, p + at + r, n);
+        store(share * slope, ds + at + r, n);
+      }
+      const bool alone = high > low && documents.first[position] == position && position >= row;
+      if (alone) ds[at + low] = 0;  // a document's first query sees one key, whose share is 1 whatever the score
+    }
+    if constexpr (LOW) pack(ds, WIDE, ds_right, NARROW, WIDE);
+  }
+};
+
+// Gradients of q (transposed), k and v of one head, all FP32; q's and k's still without the scores' scale.
 struct HeadGrads {
   std::vector<float> dq_t, dk, dv;
 };
 
 template <typename T>
-HeadGrads backward_head(const Head<T>& head, const std::vector<float>& dout, const Documents& documents, const Sizes& z,
+HeadGrads backward_head(const Head<T>& head, const std::vector<T>& dout, const Documents& documents, const Sizes& z,
                         const float* lse, const float* delta) {
-  const int64_t Q = z.Q(), V = z.V, ld = z.ld();
-  const std::vector<float> q_t = transposed(head.q, Q, z), k_t = transposed(head.k, Q, z);
-  const std::vector<float> dout_t = transposed(dout, V, z);
+  const int64_t Q = even<T>(z.Q()), V = even<T>(z.V), ld = z.ld();
+  const std::vector<T> q_t = transposed_right(head.q, Q, z), dout_t = transposed_right(dout, V, z);
+  const std::vector<T> k_t = transposed(head.k, Q, z);
+  const Right<T> q(head.q, Q, z), dy(dout, V, z);
   HeadGrads grads{std::vector<float>(Q * ld), std::vector<float>(z.P * Q), std::vector<float>(z.P * V)};
-  std::vector<float> p(NARROW * WIDE), ds(NARROW * WIDE);
+  Block<T> block;
   for (int64_t key = 0; key < z.S; key += NARROW) {
     const int64_t end = documents.end[std::min(key + NARROW, z.S) - 1];
     for (int64_t row = key / WIDE * WIDE; row < end; row += WIDE) {
-      multiply(NARROW, WIDE, Q, &head.k[key * Q], Q, &q_t[row], ld, p.data(), WIDE, false);
-      multiply(NARROW, WIDE, V, &head.v[key * V], V, &dout_t[row], ld, ds.data(), WIDE, false);
-      differentiate(p.data(), ds.data(), key, row, documents, z, lse, delta);
-      multiply(NARROW, V, WIDE, p.data(), WIDE, &dout[row * V], V, &grads.dv[key * V], V, true);
-      multiply(NARROW, Q, WIDE, ds.data(), WIDE, &head.q[row * Q], Q, &grads.dk[key * Q], Q, true);
-      multiply(Q, WIDE, NARROW, &k_t[key], ld, ds.data(), WIDE, &grads.dq_t[row], ld, true);
+      const int64_t at = row * PAIR<T>;
+      multiply(NARROW, WIDE, Q, &head.k[key * Q], Q, &q_t[at], ld, block.scores.data(), WIDE, false);
+      multiply(NARROW, WIDE, V, &head.v[key * V], V, &dout_t[at], ld, block.dp.data(), WIDE, false);
+      block.differentiate(key, row, documents, z, lse, delta);
+      multiply(NARROW, V, WIDE, block.p, WIDE, dy.at + row * V, V, &grads.dv[key * V], V, true);
+      multiply(NARROW, Q, WIDE, block.ds, WIDE, q.at + row * Q, Q, &grads.dk[key * Q], Q, true);
+      multiply(Q, WIDE, NARROW, &k_t[key], ld, block.ds_right, WIDE, &grads.dq_t[row], ld, true);
     }
   }
   return grads;
@@ -186,14 +245,12 @@ struct Call {
   const T *q_up, *kv_up, *k_rope;
   const float *cos, *sin;
   const int64_t *first, *end;
-  float scale;
 
   Call(const Tensor& q, const Tensor& kv, const Tensor& rope, const Tensor& cosines, const Tensor& sines,
        const Tensor& firsts, const Tensor& ends, int64_t heads, double factor)
-      : z(sizes_of(q, kv, rope, heads)), q_up(q.const_data_ptr<T>()), kv_up(kv.const_data_ptr<T>()),
+      : z(sizes_of(q, kv, rope, heads, factor)), q_up(q.const_data_ptr<T>()), kv_up(kv.const_data_ptr<T>()),
         k_rope(rope.const_data_ptr<T>()), cos(cosines.const_data_ptr<float>()), sin(sines.const_data_ptr<float>()),
-        first(firsts.const_data_ptr<int64_t>()), end(ends.const_data_ptr<int64_t>()),
-        scale(static_cast<float>(factor)) {}
+        first(firsts.const_data_ptr<int64_t>()), end(ends.const_data_ptr<int64_t>()) {}
 
   int64_t start(int64_t task) const { return task / z.H * z.S; }
   int64_t number(int64_t task) const { return task % z.H; }
@@ -205,7 +262,7 @@ struct Call {
     return x + start(task) * z.H * width + number(task) * width;
   }
   Head<T> head(int64_t task) const {
-    return {of(q_up, task, z.Q()), of(kv_up, task, z.N + z.V), k_rope + start(task) * z.R, angles(task), z, scale};
+    return {of(q_up, task, z.Q()), of(kv_up, task, z.N + z.V), k_rope + start(task) * z.R, angles(task), z};
   }
 };
 
@@ -222,23 +279,21 @@ void forward(const Call<T>& call, T* out, float* lse) {
 template <typename T>
 void backward(const Call<T>& call, const T* dout, const T* out, const float* lse, T* dq_up, T* dkv_up, float* dk_rope) {
   const Sizes& z = call.z;
-  const int64_t Q = z.Q(), V = z.V, kv = z.N + V;
+  const int64_t Q = even<T>(z.Q()), V = even<T>(z.V), kv = z.N + z.V;
   at::parallel_for(0, z.B * z.H, 1, [&](int64_t begin, int64_t stop) {
     for (int64_t task = begin; task < stop; ++task) {
-      std::vector<float> dy(z.P * V), delta(z.P);
-      copy_rows(call.of(dout, task, V), z.H * V, dy.data(), V, z.S, V);
-      for (int64_t s = 0; s < z.S; ++s)
-        for (int64_t c = 0; c < V; ++c)
-          delta[s] += dy[s * V + c] * static_cast<float>(call.of(out, task, V)[s * z.H * V + c]);
-      Head<T> head = call.head(task);
-      const HeadGrads grads = backward_head(head, dy, call.documents(task), z, lse + task * z.S, delta.data());
-      std::vector<float>& dq = head.q;  // no longer needed itself
+      std::vector<T> dy(z.P * V);
+      std::vector<float> delta(z.P), dq(z.P * Q);
+      copy_rows(call.of(dout, task, z.V), z.H * z.V, dy.data(), V, z.S, z.V);
+      for (int64_t s = 0; s < z.S; ++s) delta[s] = dot(&dy[s * V], call.of(out, task, z.V) + s * z.H * z.V, z.V);
+      const HeadGrads grads =
+          backward_head(call.head(task), dy, call.documents(task), z, lse + task * z.S, delta.data());
       transpose(grads.dq_t.data(), z.ld(), dq.data(), Q, Q, z.P);
       rotate(dq.data() + z.N, Q, call.angles(task), z, -1);
-      copy_rows(dq.data(), Q, call.of(dq_up, task, Q), z.H * Q, z.S, Q, call.scale);
-      copy_rows(grads.dk.data(), Q, call.of(dkv_up, task, kv), z.H * kv, z.S, z.N);
-      copy_rows(grads.dk.data() + z.N, Q, dk_rope + task * z.S * z.R, z.R, z.S, z.R);
-      copy_rows(grads.dv.data(), V, call.of(dkv_up, task, kv) + z.N, z.H * kv, z.S, V);
+      copy_rows(dq.data(), Q, call.of(dq_up, task, z.Q()), z.H * z.Q(), z.S, z.Q(), z.scale);
+      copy_rows(grads.dk.data(), Q, call.of(dkv_up, task, kv), z.H * kv, z.S, z.N, z.scale);
+      copy_rows(grads.dk.data() + z.N, Q, dk_rope + task * z.S * z.R, z.R, z.S, z.R, z.scale);
+      copy_rows(grads.dv.data(), V, call.of(dkv_up, task, kv) + z.N, z.H * kv, z.S, z.V);
     }
   });
 }
@@ -247,7 +302,7 @@ void backward(const Call<T>& call, const T* dout, const T* out, const float* lse
 std::tuple<Tensor, Tensor> attend(const Tensor& q_up, const Tensor& kv_up, const Tensor& k_rope, const Tensor& cos,
                                   const Tensor& sin, const Tensor& first, const Tensor& end, int64_t heads,
                                   double scale) {
-  const Sizes z = sizes_of(q_up, kv_up, k_rope, heads);
+  const Sizes z = sizes_of(q_up, kv_up, k_rope, heads, scale);
   Tensor out = at::empty({z.B, z.S, heads * z.V}, q_up.options());
   Tensor lse = at::empty({z.B, heads, z.S}, cos.options());
   const auto run = [&](auto zero) {
@@ -298,7 +353,7 @@ Tensor attend_latents(const Tensor& latent_q, const Tensor& latent_kv, const Ten
   const int64_t B = latent_q.size(0), S = latent_q.size(1), K = latent_q.size(2), R = k_rope.size(2);
   const int64_t C = key_value_up.size(1), ld = latent_kv.size(2), Q = query_up.size(0) / heads, N = Q - R;
   const int64_t kv = key_value_up.size(0) / heads;
-  const Sizes z{B, S, heads, N, R, kv - N, round_up(S, WIDE)};
+  const Sizes z{B, S, heads, N, R, kv - N, round_up(S, WIDE), static_cast<float>(scale)};
   Tensor out = at::empty({B, S, heads * z.V}, latent_q.options());
   const float *const q_in = latent_q.const_data_ptr<float>(), *const kv_in = latent_kv.const_data_ptr<float>();
   const float *const w_q = query_up.const_data_ptr<float>(), *const w_kv = key_value_up.const_data_ptr<float>();
@@ -311,7 +366,6 @@ Tensor attend_latents(const Tensor& latent_q, const Tensor& latent_kv, const Ten
     for (int64_t task = begin; task < stop; ++task) {
       const int64_t start = task / heads * S, h = task % heads;
       transpose(w_q + h * Q * K, K, turned_q.data(), Q, Q, K);
-      for (float& w : turned_q) w *= static_cast<float>(scale);
       transpose(w_kv + h * kv * C, C, turned_kv.data(), kv, kv, C);
       Head<float> head(z);
       multiply_rows(S, Q, K, q_in + start * K, K, turned_q.data(), Q, head.q.data(), Q);

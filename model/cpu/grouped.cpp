@@ -62,7 +62,7 @@ template <typename T>
 std::pair<const T*, int64_t> panel_of(const T* weight, bool turned, int64_t K, int64_t N, int64_t column, int64_t width,
                                       std::vector<T>& panel) {
   if (turned) {
-    pack_turned(weight + column * K, K, panel.data(), width, K);
+    pack_turned(weight + column * K, K, panel.data(), width, width, K);
     return {panel.data(), width};
   }
   if constexpr (std::is_same_v<T, float>) {

@@ -48,10 +48,10 @@ def kernels() -> Any:
 
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.cpp"))
-    content = b"".join(path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h"))))
+    flags = [*FLAGS, *DEFINES, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
+    content = b"".join(path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))) + " ".join(flags).encode()
     name = f"{NAMESPACE}_{hashlib.sha256(content).hexdigest()[:12]}"  # so two versions can be used side by side
     build = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / name
-    flags = [*FLAGS, *DEFINES]
     with _alone_in(build):
         load(name, [str(path) for path in sources], flags, extra_ldflags=["-fopenmp"], build_directory=str(build),
              is_python_module=False)  # fmt: skip

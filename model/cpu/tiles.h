@@ -18,6 +18,10 @@ namespace cpu {
 
 using Vec = at::vec::Vectorized<float>;
 
+// Rows that a right operand's layout has side by side (see `multiply`).
+template <typename T>
+inline constexpr int64_t PAIR = std::is_same_v<T, float> ? 1 : 2;
+
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
 // C [M, N] = A · B, or += if `add`.
@@ -30,6 +34,35 @@ inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t ld
 inline void multiply(int64_t M, int64_t N, int64_t K, const at::BFloat16* a, int64_t lda, const at::BFloat16* b,
                      int64_t ldb, float* c, int64_t ldc, bool add) {
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c);
+}
+
+inline void store(const Vec& x, float* to, int64_t n) { x.store(to, static_cast<int>(n)); }
+
+// Rounded to the nearest, ties to even.
+inline void store(const Vec& x, at::BFloat16* to, int64_t n) {
+#ifdef __AVX512BF16__
+  const auto low = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#else
+  const __m256i low = at::vec::cvtfp32_bf16(__m512(x));
+#endif
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << n) - 1), low);
+}
+
+inline Vec load(const float* from, int64_t n) { return Vec::loadu(from, static_cast<int>(n)); }
+
+inline Vec load(const at::BFloat16* from, int64_t n) {
+  const __m256i low = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16));
+}
+
+template <typename T>
+float dot(const T* a, const T* b, int64_t n) {
+  Vec sum(0);
+  for (int64_t i = 0; i < n; i += Vec::size()) {
+    const int64_t count = std::min<int64_t>(Vec::size(), n - i);
+    sum = at::vec::fmadd(load(a + i, count), load(b + i, count), sum);
+  }
+  return at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum);
 }
 
 // dst [rows, width] = scale · src, to or from FP32.
@@ -76,13 +109,14 @@ inline void pack(const at::BFloat16* src, int64_t ld_src, at::BFloat16* dst, int
   }
 }
 
-// B's layout of the transpose of src [columns, rows].
-inline void pack_turned(const float* src, int64_t ld_src, float* dst, int64_t columns, int64_t rows) {
-  transpose(src, ld_src, dst, columns, columns, rows);
+// B's layout of the transpose of src [columns, rows]; ld as in `multiply`.
+inline void pack_turned(const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t columns, int64_t rows) {
+  transpose(src, ld_src, dst, ld_dst, columns, rows);
 }
 
-inline void pack_turned(const at::BFloat16* src, int64_t ld_src, at::BFloat16* dst, int64_t columns, int64_t rows) {
-  transpose(reinterpret_cast<const float*>(src), ld_src / 2, reinterpret_cast<float*>(dst), columns, columns, rows / 2);
+inline void pack_turned(const at::BFloat16* src, int64_t ld_src, at::BFloat16* dst, int64_t ld_dst, int64_t columns,
+                        int64_t rows) {
+  transpose(reinterpret_cast<const float*>(src), ld_src / 2, reinterpret_cast<float*>(dst), ld_dst, columns, rows / 2);
 }
 
 }  // namespace cpu
