@@ -124,8 +124,8 @@ struct Exponentials {
 // exp(scale · (score − largest)) of row[low, high) into `to`, which may be the row, zeros in the rest of it [0, size).
 template <typename T>
 Exponentials exponentiate(const float* row, T* to, int64_t low, int64_t high, int64_t size, float scale) {
-  std::fill(to, to + low, T(0));
-  std::fill(to + high, to + size, T(0));
+  clear(to, to + low);
+  clear(to + high, to + size);
   if (low >= high) return {0, 1};
   Vec most(-std::numeric_limits<float>::infinity()), sums(0);
   const auto each = [&](auto&& use) {
@@ -192,8 +192,8 @@ struct Block {
       const int64_t low = real ? std::clamp<int64_t>(position - row, 0, WIDE) : 0;
       const int64_t high = real ? std::clamp<int64_t>(documents.end[position] - row, low, WIDE) : 0;
       for (T* x : {p + at, ds + at}) {
-        std::fill(x, x + low, T(0));
-        std::fill(x + high, x + WIDE, T(0));
+        clear(x, x + low);
+        clear(x + high, x + WIDE);
       }
       for (int64_t r = low; r < high; r += Vec::size()) {
         const int64_t n = std::min<int64_t>(Vec::size(), high - r);

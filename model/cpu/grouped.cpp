@@ -87,7 +87,7 @@ void products(const T* x, const T* weights, bool turned, const std::vector<Group
       T* to = out + (start + row) * N + column;
       if (height < ROWS) {
         std::copy(from, from + height * K, own.rows.begin());
-        std::fill(own.rows.begin() + height * K, own.rows.begin() + round_up(height, STEP) * K, T(0));
+        clear(own.rows.data() + height * K, own.rows.data() + round_up(height, STEP) * K);
         from = own.rows.data();
       }
       if (std::is_same_v<T, float> && height == ROWS) {
@@ -107,20 +107,20 @@ void add_gradient(const T* dy, const T* x, int64_t rows, int64_t K, int64_t N, i
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row, depth = left >= WIDE ? WIDE : left >= STEP ? left / STEP * STEP : STEP;
     const int64_t real = std::min(left, depth);
-    if (real < depth) std::fill(own.rows.begin(), own.rows.begin() + height * depth, T(0));
+    if (real < depth) clear(own.rows.data(), own.rows.data() + height * depth);
     transpose(dy + row * N + first, N, own.rows.data(), depth, real, height);
     const T* from = x + row * K;
     int64_t ld = K;
     if constexpr (std::is_same_v<T, float>) {
       if (real < depth) {
         std::copy(from, from + real * K, own.panel.begin());
-        std::fill(own.panel.begin() + real * K, own.panel.begin() + depth * K, 0.f);
+        clear(own.panel.data() + real * K, own.panel.data() + depth * K);
         from = own.panel.data();
       }
     } else {
       pack(from, K, own.panel.data(), real, K);
       if (real < depth) {
-        std::fill(own.panel.begin() + round_up(real, 2) * K, own.panel.begin() + depth * K, T(0));
+        clear(own.panel.data() + round_up(real, 2) * K, own.panel.data() + depth * K);
       }
       from = own.panel.data();
     }

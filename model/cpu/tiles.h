@@ -12,6 +12,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 namespace cpu {
@@ -45,7 +46,10 @@ inline void store(const Vec& x, at::BFloat16* to, int64_t n) {
 #else
   const __m256i low = at::vec::cvtfp32_bf16(__m512(x));
 #endif
-  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << n) - 1), low);
+  if (n == Vec::size())
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
+  else
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << n) - 1), low);
 }
 
 inline Vec load(const float* from, int64_t n) { return Vec::loadu(from, static_cast<int>(n)); }
@@ -65,12 +69,28 @@ float dot(const T* a, const T* b, int64_t n) {
   return at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum);
 }
 
-// dst [rows, width] = scale · src, to or from FP32.
+// Zeros in [from, to): std::fill writes BF16 one by one.
+template <typename T>
+void clear(T* from, T* to) {
+  std::memset(static_cast<void*>(from), 0, (to - from) * sizeof(T));
+}
+
+// dst [rows, width] = scale · src.
 template <typename From, typename To>
 void copy_rows(const From* src, int64_t ld_src, To* dst, int64_t ld_dst, int64_t rows, int64_t width, float scale = 1) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < width; ++c)
-      dst[r * ld_dst + c] = static_cast<To>(scale * static_cast<float>(src[r * ld_src + c]));
+  for (int64_t r = 0; r < rows; ++r) {
+    const From* const from = src + r * ld_src;
+    To* const to = dst + r * ld_dst;
+    if constexpr (std::is_same_v<From, To>)
+      if (scale == 1) {
+        std::copy_n(from, width, to);
+        continue;
+      }
+    for (int64_t c = 0; c < width; c += Vec::size()) {
+      const int64_t n = std::min<int64_t>(Vec::size(), width - c);
+      store(Vec(scale) * load(from + c, n), to + c, n);
+    }
+  }
 }
 
 inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
