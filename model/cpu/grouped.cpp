@@ -1,18 +1,19 @@
 // Products of rows sorted by expert with their experts' weights on a CPU, and the weights' gradients.
 //
-// A task is one panel of columns of one expert's result (of its weight's gradient: one panel of rows), on one thread,
+// A task is one panel of columns of one expert's result (of its weight's gradient: some of its rows), on one thread,
 // which takes the next task when it is done: threads meet once per call, not once per expert. A panel of the weight is
-// laid out once as oneDNN's product of one tile wants it, and stays in the cache for all of the expert's rows. Gradients
-// are added where they accumulate. Experts' numbers of rows are new every time, and tiles must not be: the last rows of
-// an expert go through a buffer with zeros below them.
+// laid out once as tiles want it, and stays in the cache for all of the expert's rows; the next task's panel is fetched
+// meanwhile. Gradients are added where they accumulate, once for as many rows as the cache holds, and fetched ahead:
+// with few rows per expert memory is what takes long.
 //
 // Shapes: R rows, E experts; a product y [R, N] = x [R, K] · weight[e] [K, N]; a gradient [E, N, K] += dy[R, N]ᵀ · x [R, K].
+// N and K are multiples of 16.
 
 #include <torch/library.h>
 
 #include <atomic>
 
-#include "tiles.h"
+#include "registers.h"
 
 namespace {
 
@@ -20,7 +21,10 @@ using namespace cpu;
 using at::BFloat16;
 using at::Tensor;
 
-constexpr int64_t ROWS = 64, PANEL = 64, WIDE = 128, STEP = 32, MANY = 8, CHUNK = 1024;
+constexpr int64_t CHUNK = 1024;     // rows of a task of a product
+constexpr int64_t DEEP = 128;       // units of depth, in rows, of a gradient's tile
+constexpr int64_t MANY = 8;         // experts from which on a task may be all of one's gradient
+constexpr int64_t MOST[] = {256, 512};  // rows of a gradient in a task, with few experts and with many
 
 struct Group {
   int64_t expert, start, rows;
@@ -40,104 +44,101 @@ std::vector<Group> groups_of(at::IntArrayRef counts, int64_t all, int64_t chunk)
   return groups;
 }
 
-// Call work(task, buffers) for each task, on all threads; Buffers are a thread's own.
+// Call work(task, the thread's next task or −1, buffers) for each task, on all threads; Buffers are a thread's own.
 template <typename Buffers, typename Work>
 void share_out(int64_t tasks, const Buffers& empty, const Work& work) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     Buffers buffers = empty;
-    for (int64_t task = next++; task < tasks; task = next++) work(task, buffers);
+    for (int64_t task = next++; task < tasks;) {
+      const int64_t following = next++;
+      work(task, following < tasks ? following : -1, buffers);
+      task = following;
+    }
+  });
+}
+
+template <typename T>
+void pack_panel(const T* src, int64_t ld_src, T* dst, int64_t rows, int64_t width) {
+  if constexpr (PAIR<T> > 1)
+    pack(src, ld_src, dst, rows, width);
+  else
+    copy_rows(src, ld_src, dst, width, rows, width);
+}
+
+// The weights of a call, expert by expert: [K, N], or `turned`: they lie as [N, K].
+template <typename T>
+struct Weights {
+  const T* at;
+  bool turned;
+  int64_t K, N;
+
+  // Columns [column, column + width) of an expert's, as a right operand with rows of units `width` apart.
+  void panel(int64_t expert, int64_t column, int64_t width, T* to) const {
+    const T* const weight = at + expert * N * K;
+    turned ? pack_turned(weight + column * K, K, to, width, width, K) : pack_panel(weight + column, N, to, K, width);
+  }
+
+  Soon soon(int64_t expert, int64_t column, int64_t width) const {
+    const T* const weight = at + expert * N * K;
+    return turned ? Soon(weight + column * K, K, width, K) : Soon(weight + column, N, K, width);
+  }
+};
+
+template <typename T>
+void products(const T* x, const Weights<T>& weights, const std::vector<Group>& groups, T* out) {
+  const int64_t K = weights.K, N = weights.N, panels = (N + BROAD - 1) / BROAD;
+  share_out(groups.size() * panels, std::vector<T>(K * BROAD), [&](int64_t task, int64_t following, std::vector<T>& panel) {
+    const auto column = [&](int64_t of) { return of % panels * BROAD; };
+    const auto width = [&](int64_t of) { return std::min(BROAD, N - column(of)); };
+    const auto [expert, start, rows] = groups[task / panels];
+    const int64_t first = column(task), wide = width(task), tiles = (rows + HIGH - 1) / HIGH;
+    weights.panel(expert, first, wide, panel.data());
+    Soon soon;
+    if (following >= 0) soon = weights.soon(groups[following / panels].expert, column(following), width(following));
+    const int64_t part = (soon.left() + tiles - 1) / tiles;
+    for (int64_t row = 0; row < rows; row += HIGH) {
+      soon.fetch(part);
+      const Left<T> left{units(x + (start + row) * K), K / PAIR<T>, 1};
+      const Store<T> to{out + (start + row) * N + first, N};
+      multiply_tile(std::min(HIGH, rows - row), wide, left, units(panel.data()), wide, K / PAIR<T>, to);
+    }
   });
 }
 
 template <typename T>
 struct Buffers {
-  std::vector<T> panel, rows;
-  std::vector<float> tile;
+  std::vector<T> dy, x;
 };
-
-// The weight's panel [K, width] from column `column` on, as `multiply` wants it: (where it is, its leading dimension).
-// `turned`: the weight lies as [N, K], not as [K, N].
-template <typename T>
-std::pair<const T*, int64_t> panel_of(const T* weight, bool turned, int64_t K, int64_t N, int64_t column, int64_t width,
-                                      std::vector<T>& panel) {
-  if (turned) {
-    pack_turned(weight + column * K, K, panel.data(), width, width, K);
-    return {panel.data(), width};
-  }
-  if constexpr (std::is_same_v<T, float>) {
-    return {weight + column, N};
-  } else {
-    pack(weight + column, N, panel.data(), K, width);
-    return {panel.data(), width};
-  }
-}
-
-template <typename T>
-void products(const T* x, const T* weights, bool turned, const std::vector<Group>& groups, int64_t K, int64_t N, T* out) {
-  const int64_t panels = (N + PANEL - 1) / PANEL;
-  const Buffers<T> empty{std::vector<T>(K * PANEL), std::vector<T>(ROWS * K), std::vector<float>(ROWS * PANEL)};
-  share_out(groups.size() * panels, empty, [&](int64_t task, Buffers<T>& own) {
-    const auto [expert, start, rows] = groups[task / panels];
-    const int64_t column = task % panels * PANEL, width = std::min(PANEL, N - column);
-    const auto [panel, ld] = panel_of(weights + expert * N * K, turned, K, N, column, width, own.panel);
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      const int64_t height = std::min(ROWS, rows - row);
-      const T* from = x + (start + row) * K;
-      T* to = out + (start + row) * N + column;
-      if (height < ROWS) {
-        std::copy(from, from + height * K, own.rows.begin());
-        clear(own.rows.data() + height * K, own.rows.data() + round_up(height, STEP) * K);
-        from = own.rows.data();
-      }
-      if (std::is_same_v<T, float> && height == ROWS) {
-        multiply(ROWS, width, K, from, K, panel, ld, reinterpret_cast<float*>(to), N, false);
-      } else {
-        multiply(round_up(height, STEP), width, K, from, K, panel, ld, own.tile.data(), width, false);
-        copy_rows(own.tile.data(), width, to, N, height, width);
-      }
-    }
-  });
-}
 
 // grad [N, K] += dyᵀ · x over the group's rows, for the rows of grad from `first` on, `height` of them.
 template <typename T>
 void add_gradient(const T* dy, const T* x, int64_t rows, int64_t K, int64_t N, int64_t first, int64_t height, float* grad,
                   Buffers<T>& own) {
-  for (int64_t row = 0; row < rows;) {
-    const int64_t left = rows - row, depth = left >= WIDE ? WIDE : left >= STEP ? left / STEP * STEP : STEP;
-    const int64_t real = std::min(left, depth);
-    if (real < depth) clear(own.rows.data(), own.rows.data() + height * depth);
-    transpose(dy + row * N + first, N, own.rows.data(), depth, real, height);
-    const T* from = x + row * K;
-    int64_t ld = K;
-    if constexpr (std::is_same_v<T, float>) {
-      if (real < depth) {
-        std::copy(from, from + real * K, own.panel.begin());
-        clear(own.panel.data() + real * K, own.panel.data() + depth * K);
-        from = own.panel.data();
+  constexpr int64_t deep = DEEP * PAIR<T>;
+  for (int64_t row = 0; row < rows; row += deep) {
+    const int64_t real = std::min(deep, rows - row), depth = (real + PAIR<T> - 1) / PAIR<T>;
+    pack_panel(dy + row * N + first, N, own.dy.data(), real, height);
+    for (int64_t k = 0; k < K; k += BROAD) {
+      const int64_t width = std::min(BROAD, K - k);
+      pack_panel(x + row * K + k, K, own.x.data(), real, width);
+      for (int64_t n = 0; n < height; n += HIGH) {
+        float* const to = grad + (first + n) * K + k;
+        Soon(to + HIGH * K, K, std::min(HIGH, height - n - HIGH), width).fetch(HIGH * BROAD);
+        const Left<T> left{units(own.dy.data()) + n, 1, height};
+        multiply_tile(std::min(HIGH, height - n), width, left, units(own.x.data()), width, depth, Add{to, K});
       }
-    } else {
-      pack(from, K, own.panel.data(), real, K);
-      if (real < depth) {
-        clear(own.panel.data() + round_up(real, 2) * K, own.panel.data() + depth * K);
-      }
-      from = own.panel.data();
     }
-    for (int64_t m = 0; m < height; m += ROWS)
-      for (int64_t k = 0; k < K; k += WIDE)
-        multiply(std::min(ROWS, height - m), std::min(WIDE, K - k), depth, own.rows.data() + m * depth, depth,
-                 from + k * (std::is_same_v<T, float> ? 1 : 2), ld, grad + (first + m) * K + k, K, true);
-    row += depth;
   }
 }
 
 template <typename T>
 void gradients(const T* dy, const T* x, const std::vector<Group>& groups, int64_t K, int64_t N, float* grads) {
-  const int64_t part = groups.size() < MANY ? std::min(N, WIDE) : N;  // each part lays x out anew
-  const int64_t parts = (N + part - 1) / part;
-  const Buffers<T> empty{std::vector<T>(WIDE * K), std::vector<T>(part * WIDE), {}};
-  share_out(groups.size() * parts, empty, [&](int64_t task, Buffers<T>& own) {
+  const bool many = groups.size() >= MANY;
+  const int64_t shares = many ? 1 : 2 * at::get_num_threads();  // each lays x out anew
+  const int64_t part = std::min(MOST[many], round_up((N + shares - 1) / shares, HIGH)), parts = (N + part - 1) / part;
+  const Buffers<T> empty{std::vector<T>(DEEP * PAIR<T> * part), std::vector<T>(DEEP * PAIR<T> * BROAD)};
+  share_out(groups.size() * parts, empty, [&](int64_t task, int64_t, Buffers<T>& own) {
     const auto [expert, start, rows] = groups[task / parts];
     const int64_t first = task % parts * part;
     add_gradient(dy + start * N, x + start * K, rows, K, N, first, std::min(part, N - first), grads + expert * N * K, own);
@@ -152,7 +153,7 @@ Tensor grouped_product(const Tensor& x, const Tensor& weight, at::IntArrayRef co
   Tensor out = at::empty({x.size(0), N}, x.options());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    products(x.const_data_ptr<T>(), weight.const_data_ptr<T>(), turned, groups, K, N, out.data_ptr<T>());
+    products(x.const_data_ptr<T>(), Weights<T>{weight.const_data_ptr<T>(), turned, K, N}, groups, out.data_ptr<T>());
   };
   x.scalar_type() == at::kBFloat16 ? run(BFloat16()) : run(float());
   return out;

@@ -1,8 +1,9 @@
 """Our C++ kernels for CPUs with AVX-512 (`compile=on`): built when first asked for, then kept in torch's folder of
 extensions (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`). One process builds and the others wait for it.
 
-They call oneDNN's product of one tile, which torch exports, from each thread for itself. A product that two threads
-share, as torch's and oneDNN's own calls do it, waits for the slower of them every fifty microseconds.
+Each thread multiplies tiles for itself: oneDNN's product of one tile, which torch exports, or our own (`registers.h`),
+where numbers of rows are new every time. A product that two threads share, as torch's and oneDNN's own calls do it,
+waits for the slower of them every fifty microseconds.
 """
 
 from __future__ import annotations
