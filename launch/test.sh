@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Run the whole test suite; arguments go to pytest, e.g. launch/test.sh -m "not slow".
+# Run the whole test suite, two files at a time; arguments go to pytest, e.g. launch/test.sh -m "not slow".
+# TEST_WORKERS=1 … how many at a time; 0: in one process.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 make_environment dev
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "$@"
+# The order of the files is that of tests/conftest.py, not by how many tests they have.
+workers=(--numprocesses="${TEST_WORKERS:-2}" --dist=loadfile --no-loadscope-reorder)
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "${workers[@]}" "$@"

@@ -16,11 +16,19 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "tests.preload"]
-
 
 class RankFailed(AssertionError):
     """A rank raised or died; the message holds its traceback."""
+
+
+def fork_server() -> Any:
+    """The multiprocessing context of all tests that start processes; the server has imported tests/preload.py.
+
+    It is one for the whole run, and what it loads is settled when its first process starts.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
 
 
 def run_ranks(
@@ -30,8 +38,7 @@ def run_ranks(
 
     lost   ranks that will be killed, and have no result
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = fork_server()
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -47,6 +54,18 @@ def run_ranks(
                 process.kill()
             for process in processes:
                 process.join()
+
+
+def share_out(rank: int, world: int, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """[work(item) for item in items] on every rank, where each is computed by one rank only. Collective.
+
+    For what all ranks compare with: eight processes that compute the same on two cores take four times as long.
+    """
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, [work(item) for item in items[rank::world]])
+    return [parts[i % world][i // world] for i in range(len(items))]
 
 
 def _collect(processes: list[Any], results: Any, deadline: float, lost: Sequence[int]) -> list[Any]:

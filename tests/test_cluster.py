@@ -156,6 +156,7 @@ def test_a_killed_process_fails_only_what_it_held(separated: Cluster, side: str)
     assert check_fates(streams, threads, "") == (0, 12)
 
 
+@pytest.mark.alone
 def test_a_frozen_process_fails_only_what_it_held(checkpoint: Path) -> None:
     """SIGSTOP under load: its connections stay open, and yet what it held fails in bounded time, and it comes back."""
     silence = 3.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import threading
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from dualpipe.pipeline import Pipeline
 from dualpipe.runtime import PipelineError
 from dualpipe.schedules import make_schedule
-from tests.spawn import run_ranks
+from tests.spawn import fork_server, run_ranks
 from tests.test_pipeline import Stage, loss, make_batch, serial
 
 TIMEOUT = 3.0  # seconds for a message, where a rank stalls; who dies or raises is noticed at once
@@ -70,9 +69,9 @@ def member(rank: int, folder: str, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dualpipe", "one_f_one_b"])
-@pytest.mark.parametrize("how", ["raises", "dies", "stalls"])
+@pytest.mark.parametrize("how", ["raises", "dies", pytest.param("stalls", marks=pytest.mark.alone)])
 def test_the_other_rank_says_what_it_waited_for(how: str, name: str, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     processes = [context.Process(target=member, args=(r, str(tmp_path), name, how), daemon=True) for r in range(2)]
     for process in processes:
         process.start()

@@ -29,7 +29,7 @@ from parallel.grads import mirrors
 from parallel.mesh import Layout, Mesh
 from parallel.rows import Fp8Rows
 from parallel.zero import load_deepspeed
-from tests.spawn import run_ranks
+from tests.spawn import run_ranks, share_out
 from tests.test_serial_equality import CONFIG, make_batch, relative
 from training.diagnose import find_culprit
 from training.optimizer import OptimConfig, make_update
@@ -110,8 +110,7 @@ def check_expert_parallel(rank: int, world: int, dispatch: str, per_node: int | 
     round its neighbours apart. Against that stands what FP8 changes altogether. Many micro-batches, so that in the mean
     loss single tokens count little."""
     many = 4 * MICRO_BATCHES
-    wanted = serial("fp8", many * world)
-    exact = serial("fp32", many * world)
+    wanted, exact = share_out(rank, world, lambda precision: serial(precision, many * world), ["fp8", "fp32"])
     mesh = join(world, "one_f_one_b", 1, world, per_node)
     ours = train(build(mesh, dispatch=dispatch, micro_batches=many), mesh, micro_batches=many)[0]
     return abs(ours[0] / wanted[0] - 1), distance(ours[2], wanted[2]), distance(wanted[2], exact[2])

@@ -8,7 +8,6 @@ fit into minutes. A process that does not end within 20 s is a failure, and so i
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import runpy
@@ -17,11 +16,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.job import MODEL, ROOT, SIZE, write_text
+from tests.spawn import fork_server
 from training.config import Config, to_dict
 
 WITHIN = 20  # seconds
@@ -102,11 +101,9 @@ def train(words: list[str], folder: str) -> None:
 
 
 def run(number: int, places: list[str]) -> Outcome:
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tests.preload", "training.main"])
     with tempfile.TemporaryDirectory() as folder:
         words = [*MODEL.split(), *SIZE.split(), *places, f"runs_dir={folder}/runs", "logger=none", *mutated(number)]
-        process = context.Process(target=train, args=(words, folder), daemon=True)
+        process = fork_server().Process(target=train, args=(words, folder), daemon=True)
         process.start()
         process.join(WITHIN * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))  # others use the cores too
         code = process.exitcode

@@ -276,6 +276,7 @@ class Fates:
         self.heard.append(fate)
 
 
+@pytest.mark.alone
 def test_an_engine_that_gives_no_sign_of_life_is_lost() -> None:
     """Its connection is as it was; one that has nothing to say, but lives, stays."""
 
@@ -301,6 +302,7 @@ def test_an_engine_that_gives_no_sign_of_life_is_lost() -> None:
     run(test)
 
 
+@pytest.mark.alone
 def test_a_front_that_gives_no_sign_of_life_is_gone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
 

@@ -28,7 +28,7 @@ from parallel.build import BuildOptions, build_replica
 from parallel.grads import embedding_holders, mirrors
 from parallel.mesh import EP_ACROSS_NODES, PP_ACROSS_NODES, Layout, Mesh
 from tests.oracle import Oracle
-from tests.spawn import run_ranks
+from tests.spawn import run_ranks, share_out
 from training.optimizer import OptimConfig, make_update
 from training.step import train_step
 
@@ -225,11 +225,12 @@ def compare_weights(stages: dict[int, Any], wanted: OracleStep, tolerance: float
 
 
 def check_cases(rank: int, world: int, cases: list[Case]) -> int:
-    trajectories: dict[tuple[str, torch.dtype, int], list[OracleStep]] = {}
-    for case in cases:
-        key = (repr((case.config, case.loss, case.balance)), case.dtype, case.steps)
-        if key not in trajectories:
-            trajectories[key] = train_oracle(case)
+    different: dict[tuple[str, torch.dtype, int], Case] = {}
+    keys = [(repr((case.config, case.loss, case.balance)), case.dtype, case.steps) for case in cases]
+    for key, case in zip(keys, cases, strict=True):
+        different.setdefault(key, case)
+    trajectories = dict(zip(different, share_out(rank, world, train_oracle, list(different.values())), strict=True))
+    for key, case in zip(keys, cases, strict=True):
         check_case(rank, case, world, trajectories[key])
     return len(cases)
 

@@ -95,6 +95,7 @@ def test_all_ranks_agree(wishes: list[str], agreed: Stop | None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_stalled_rank_is_given_up_and_the_ranks_start_again(folder: Path) -> None:
     """SIGSTOP: the peer gives up after launch.timeout_seconds, torchrun kills and restarts, from the checkpoint."""
     run_dir = folder / "stalled"
