@@ -7,4 +7,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_environment dev
 # The order of the files is that of tests/conftest.py, not by how many tests they have.
 workers=(--numprocesses="${TEST_WORKERS:-2}" --dist=loadfile --no-loadscope-reorder)
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "${workers[@]}" "$@"
+export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= # hundreds of processes import our modules: compiled once
+exec .venv/bin/python -m pytest "${workers[@]}" "$@"

@@ -63,8 +63,9 @@ def share_out(rank: int, world: int, work: Callable[[Any], Any], items: Sequence
     """
     import torch.distributed as dist
 
+    group = dist.new_group(timeout=timedelta(seconds=500))  # some wait for as long as others compute
     parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, [work(item) for item in items[rank::world]])
+    dist.all_gather_object(parts, [work(item) for item in items[rank::world]], group)
     return [parts[i % world][i // world] for i in range(len(items))]
 
 
