@@ -8,7 +8,6 @@ In one process, without workers, none of this happens.
 from __future__ import annotations
 
 import fcntl
-import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,9 +31,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def _lock(config: pytest.Config) -> Path | None:
-    """The file over which the workers of this run agree; None without workers."""
-    worker: dict[str, str] | None = getattr(config, "workerinput", None)
-    return None if worker is None else Path(tempfile.gettempdir(), f"pytest_{worker['testrunuid']}.lock")
+    """The file over which the workers of this run agree, beside their temporary folders; None without workers."""
+    return Path(config.option.basetemp).with_name("lock") if hasattr(config, "workerinput") else None
 
 
 @contextmanager
