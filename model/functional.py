@@ -52,17 +52,62 @@ class Kernels:
 
 @cache
 def make_kernels(compiled: bool, cpp: bool = False) -> Kernels:
-    """compiled: by torch.compile, which makes one pass over memory of each; it takes some seconds when first called.
+    """compiled: one pass over memory each. By our C++ kernels, where they take what comes; else by torch.compile, which
+    takes some seconds when first called.
 
-    cpp   those of generation by our C++ kernels, where they take what comes
+    cpp   by our C++ kernels, where they take what comes; else as written
     """
-    if cpp:
-        return Kernels(_norm_in_cpp, _norm_backward, _swiglu_in_cpp, _swiglu_backward)
 
     def made(function: Any) -> Any:
         return torch.compile(function, dynamic=True) if compiled else function
 
-    return Kernels(made(_norm), made(_norm_backward), made(_swiglu), made(_swiglu_backward))
+    plain = Kernels(made(_norm), made(_norm_backward), made(_swiglu), made(_swiglu_backward))
+    return _in_cpp(plain) if compiled or cpp else plain
+
+
+def _in_cpp(other: Kernels) -> Kernels:
+    """Our C++ kernels; the other ones for what these do not take."""
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not _cpp_takes(x, weight):
+            return other.norm(x, weight, eps)
+        result: Tensor = cpp_kernels().rms_norm(_rows(x), weight, eps)
+        return result.view(x.shape)
+
+    def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if not _cpp_takes(x, weight):
+            return other.norm_backward(dy, x, weight, eps)
+        dx, dweight = cpp_kernels().rms_norm_backward(_rows(dy), _rows(x), weight, eps)
+        return dx.view(x.shape), dweight
+
+    def swiglu(gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
+        if not _cpp_takes(gate_up, gates_R):
+            return other.swiglu(gate_up, gates_R)
+        result: Tensor = cpp_kernels().swiglu(_rows(gate_up), _whole(gates_R))
+        return result.view(*gate_up.shape[:-1], -1)
+
+    def swiglu_backward(dy: Tensor, gate_up: Tensor, gates_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not _cpp_takes(gate_up, gates_R):
+            return other.swiglu_backward(dy, gate_up, gates_R)
+        dgate_up, dgates_R = cpp_kernels().swiglu_backward(_rows(dy), _rows(gate_up), _whole(gates_R))
+        return dgate_up.view(gate_up.shape), None if gates_R is None else dgates_R
+
+    return Kernels(norm, norm_backward, swiglu, swiglu_backward)
+
+
+def _cpp_takes(x: Tensor, beside: Tensor | None) -> bool:
+    """Rows that are not empty, with weights or gates in FP32 beside them."""
+    return x.dim() > 1 and x.numel() > 0 and suits(x) and (beside is None or beside.dtype == torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., D] as rows [R, D], each of which lies in one piece."""
+    rows = x.flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _whole(gates_R: Tensor | None) -> Tensor | None:
+    return None if gates_R is None else gates_R.contiguous()
 
 
 def rms_norm(x: Tensor, weight_D: nn.Parameter, eps: float, kernels: Kernels) -> Tensor:
@@ -91,18 +136,6 @@ class _RMSNorm(torch.autograd.Function):
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
-
-
-def _norm_in_cpp(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if _is_rows(x) and weight.dtype == torch.float32:
-        normed: Tensor = cpp_kernels().rms_norm(x, weight, eps)
-        return normed
-    return _norm(x, weight, eps)
-
-
-def _is_rows(x: Tensor) -> bool:
-    """Whether the C++ kernels take it."""
-    return x.dim() == 2 and x.stride(1) == 1 and x.dtype == torch.float32 and suits(x)
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -141,13 +174,6 @@ def _swiglu(gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     hidden = F.silu(gate).mul_(up)
     return hidden if gates_R is None else hidden.mul_(gates_R.unsqueeze(-1).to(hidden.dtype))
-
-
-def _swiglu_in_cpp(gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
-    if gates_R is None and _is_rows(gate_up):
-        hidden: Tensor = cpp_kernels().swiglu(gate_up)
-        return hidden
-    return _swiglu(gate_up, gates_R)
 
 
 def _swiglu_backward(dy: Tensor, gate_up: Tensor, gates_R: Tensor | None) -> tuple[Tensor, Tensor | None]:

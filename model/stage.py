@@ -163,7 +163,9 @@ class ModelStage(nn.Module):
         scale = micro_batch.mtp_scales[depth - 1] if depth else micro_batch.loss_scale
         z_scale = 0.0 if depth else micro_batch.z_scale
         flat = hidden_BSD.flatten(0, 1), targets_BS.flatten()
-        loss, z_loss = head_loss(flat[0], self._logits, self.config.vocab_size, flat[1], scale, z_scale)
+        loss, z_loss = head_loss(
+            flat[0], self._logits, self.config.vocab_size, flat[1], scale, z_scale, self.tools.compile
+        )
         return (loss, z_loss) if z_scale else (loss,)
 
     def _logits(self, hidden_TD: Tensor, may_defer: bool) -> Tensor:

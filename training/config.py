@@ -106,7 +106,7 @@ class Config:
     run: str = "default"  # name of the run: its folder is runs/<run>
     runs_dir: str = "runs"
     resume: str = "auto"  # auto = go on from the newest checkpoint of this run, if any | never
-    compile: str = "off"  # on: norms and SwiGLU through torch.compile; on a CPU our C++ kernels (model/cpu)
+    compile: str = "off"  # on: C++ kernels on a CPU with AVX-512 (model/cpu); else norms and SwiGLU by torch.compile
     init_from: str | None = None  # weights to begin with: a run, a checkpoint, or a public one; null = from the seed
     seed: int = 0
     steps: int = 200
