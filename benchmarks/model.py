@@ -51,6 +51,7 @@ from model.names import named_routers
 from model.products import product
 from model.router import Router
 from model.stage import ModelStage
+from parallel.build import Replica
 
 THREADS = 2
 SMALL = ModelConfig(
@@ -209,6 +210,7 @@ def gemm_peak(dtype: torch.dtype) -> tuple[float, float]:
     return best[0], best[1]
 
 
+SMALL_FUNCTIONS = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "token_losses")
 GROUPED = ("deepseek_cpu::grouped_product", "deepseek_cpu::add_grouped_weight_grads")
 
 
@@ -224,7 +226,7 @@ def where_time_goes(case: Case, precision: str, peer_speed: float) -> dict[str, 
         "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::bmm", "aten::addmm_", *GROUPED),
         "attention": ("deepseek_cpu::attend", "deepseek_cpu::attend_backward"),
         "copies and casts": ("aten::copy_", "aten::index", "aten::index_select", "aten::index_add_", "aten::cat"),
-        "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::_log_softmax"),
+        "norms, SwiGLU, loss": tuple(f"deepseek_cpu::{name}" for name in SMALL_FUNCTIONS),
         "optimizer, zeros": ("aten::_fused_adamw_", "aten::fill_"),
     }
     events = {e.key: e.self_cpu_time_total / 1e3 for e in measured.key_averages()}
@@ -240,7 +242,7 @@ def where_time_goes(case: Case, precision: str, peer_speed: float) -> dict[str, 
     print(f"At that peak all products alone take {floor:.0f} ms; half of the peer's step is {half:.0f} ms.")
     total = sum(table.values())
     for kind, value in table.items():
-        print(f"  {kind:18}{value:8.0f} ms  {value / total:5.1%}")
+        print(f"  {kind:20}{value:8.0f} ms  {value / total:5.1%}")
     table |= {"step_ms": 1e3 * elapsed, "gemm_peak_gflops": peak, "torch_gemm_gflops": by_torch}
     table |= {"products_at_peak_ms": floor, "half_of_peer_ms": half}
     return table | {"share_of_peak": flops / elapsed / 1e9 / peak, "attention_gflops": attention_gflops(case)}
@@ -272,26 +274,41 @@ def scaling(resume: bool) -> None:
             data[name].append(_point(case))
             file.write_text(json.dumps(data, indent=1) + "\n")
     for name, points in data.items():
-        print(f"{name:>10}  µs per token  of which routers  activations, KiB per token")
+        print(f"{name:>10}  µs per token  of which routers  with compile=off  optimizer  peak KiB per token")
         for p in points:
-            print(f"{p['size']:10.0f}{p['us_per_token']:14.1f}{p['router_us']:18.1f}{p['kib_per_token']:27.1f}")
+            print(f"{p['size']:10.0f}{p['us_per_token']:14.1f}{p['router_us']:18.1f}", end="")
+            print(f"{p['plain_us']:18.1f}{p['optimizer_us']:11.1f}{p['kib_per_token']:20.1f}")
     _draw(data, Path("docs/images/model_scaling.svg"))
 
 
 def _point(case: Case) -> dict[str, float]:
-    """Forward and backward alone: the optimizer's time depends on the parameters, not on the tokens."""
-    replica, batch = our_model(case.config, "fp32"), random_batch(case)
-    replica.pipeline.step([batch])
-    taken = min(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(5))
+    """Forward and backward with compile=on, and beside it with compile=off.
+
+    The optimizer stands apart: its time depends on the parameters, not on the tokens.
+    """
+    plain_us = 1e6 * _seconds_of_a_step(case, compiled=False)[0] / case.tokens
+    taken, replica = _seconds_of_a_step(case, compiled=True)
+    batch = random_batch(case)
     before = _reset_peak()
     replica.pipeline.step([batch])
     peak = resource_peak() - before
+    optimizer = adamw(replica.stages[0].parameters())
+    update = min(seconds(lambda: float(optimizer.step() or 0)) for _ in range(5))
     return {
         "size": float(case.name),
         "us_per_token": 1e6 * taken / case.tokens,
         "router_us": 1e6 * _router_seconds(replica.stages[0], case) / case.tokens,
         "kib_per_token": peak / 1024 / case.tokens,
+        "plain_us": plain_us,
+        "optimizer_us": 1e6 * update / case.tokens,
     }
+
+
+def _seconds_of_a_step(case: Case, compiled: bool) -> tuple[float, Replica]:
+    """Best of seven, after one to warm up."""
+    replica, batch = our_model(case.config, "fp32", compiled=compiled), random_batch(case)
+    replica.pipeline.step([batch])
+    return min(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(7)), replica
 
 
 def _router_seconds(stage: ModelStage, case: Case) -> float:
