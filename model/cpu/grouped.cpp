@@ -22,7 +22,7 @@ using at::BFloat16;
 using at::Tensor;
 
 constexpr int64_t CHUNK = 1024;     // rows of a task of a product
-constexpr int64_t DEEP = 128;       // units of depth, in rows, of a gradient's tile
+constexpr int64_t DEEP = 128;       // units of depth that a gradient's tile has about, and at most half more
 constexpr int64_t MANY = 8;         // experts from which on a task may be all of one's gradient
 constexpr int64_t MOST[] = {256, 512};  // rows of a gradient in a task, with few experts and with many
 
@@ -116,8 +116,10 @@ template <typename T>
 void add_gradient(const T* dy, const T* x, int64_t rows, int64_t K, int64_t N, int64_t first, int64_t height, float* grad,
                   Buffers<T>& own) {
   constexpr int64_t deep = DEEP * PAIR<T>;
-  for (int64_t row = 0; row < rows; row += deep) {
-    const int64_t real = std::min(deep, rows - row), depth = (real + PAIR<T> - 1) / PAIR<T>;
+  const int64_t passes = std::max<int64_t>(1, (rows + deep / 2 - 1) / deep);  // all of grad is read and written in each
+  const int64_t chunk = round_up((rows + passes - 1) / passes, PAIR<T>);
+  for (int64_t row = 0; row < rows; row += chunk) {
+    const int64_t real = std::min(chunk, rows - row), depth = (real + PAIR<T> - 1) / PAIR<T>;
     pack_panel(dy + row * N + first, N, own.dy.data(), real, height);
     for (int64_t k = 0; k < K; k += BROAD) {
       const int64_t width = std::min(BROAD, K - k);
@@ -137,7 +139,8 @@ void gradients(const T* dy, const T* x, const std::vector<Group>& groups, int64_
   const bool many = groups.size() >= MANY;
   const int64_t shares = many ? 1 : 2 * at::get_num_threads();  // each lays x out anew
   const int64_t part = std::min(MOST[many], round_up((N + shares - 1) / shares, HIGH)), parts = (N + part - 1) / part;
-  const Buffers<T> empty{std::vector<T>(DEEP * PAIR<T> * part), std::vector<T>(DEEP * PAIR<T> * BROAD)};
+  const int64_t most = DEEP * PAIR<T> * 3 / 2;
+  const Buffers<T> empty{std::vector<T>(most * part), std::vector<T>(most * BROAD)};
   share_out(groups.size() * parts, empty, [&](int64_t task, int64_t, Buffers<T>& own) {
     const auto [expert, start, rows] = groups[task / parts];
     const int64_t first = task % parts * part;
