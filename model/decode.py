@@ -24,7 +24,8 @@ from model import fused
 from model.attention import LatentAttention
 from model.config import ModelConfig
 from model.latent_cache import LatentCache
-from model.layer import Layer, add
+from model.layer import MLP, Layer, add
+from model.layers import Linear
 from model.mtp import MTPModule
 from model.protocols import Pending
 from model.rope import rotate_, rotation
@@ -232,26 +233,35 @@ class Decoder:
     ) -> Flow:
         """A micro-batch on its way through layers; stops wherever it has started a communication."""
         for layer in layers:
-            if batch is not None and wanted is not None and layer is layers[-1]:
-                h_TD = h_TD[wanted.rows_W] + self._attend(layer, layer.attention_norm(h_TD), batch, wanted)
-            elif batch is not None:
-                h_TD = h_TD + self._attend(layer, layer.attention_norm(h_TD), batch)
+            if batch is not None:
+                last = wanted if layer is layers[-1] else None
+                heads_TX = self._attend(layer, layer.attention_norm(h_TD), batch, last)
+                if last is not None:
+                    h_TD = h_TD[last.rows_W]
+                h_TD = self._add_product(h_TD, heads_TX, layer.attention.output)
             if layer.is_moe:
                 x_TD = layer.mlp_norm(h_TD) if batch is not None else h_TD
-                h_TD = add(h_TD, *(yield from self._experts(layer, x_TD)))
+                h_TD = yield from self._add_experts(layer, h_TD, x_TD)
             elif batch is not None:
-                h_TD = h_TD + layer.mlp(layer.mlp_norm(h_TD))
+                h_TD = self._add_mlp(h_TD, layer.mlp_norm(h_TD), layer.mlp)
         return h_TD
 
-    def _experts(self, layer: Layer, x_TD: Tensor) -> Generator[None, None, tuple[Tensor, ...]]:
-        """The parts that a MoE layer adds to the residual stream. The shared expert runs under the dispatch."""
+    def _add_product(self, h_TD: Tensor, x_TX: Tensor, linear: Linear) -> Tensor:
+        return fused.add_product(h_TD, x_TX, linear) if self.fused else h_TD + linear(x_TX)
+
+    def _add_mlp(self, h_TD: Tensor, x_TD: Tensor, mlp: MLP) -> Tensor:
+        return fused.add_mlp(h_TD, x_TD, mlp) if self.fused else h_TD + mlp(x_TD)
+
+    def _add_experts(self, layer: Layer, h_TD: Tensor, x_TD: Tensor) -> Flow:
+        """The residual stream with what a MoE layer adds to it. The shared expert runs under the dispatch."""
         scores_TE, experts_TK = layer.router.choose(x_TD)
         chosen = experts_TK.flatten()
         self.loads[layer.label].scatter_add_(0, chosen, torch.ones_like(chosen))
         if self.fused and fused.holds_all_experts(layer):
-            shared = () if layer.shared is None else (layer.shared(x_TD),)
             gates_TK = layer.router.gates(scores_TE, experts_TK)
-            return (*shared, fused.routed_experts(layer, x_TD, gates_TK, layer.slot_E[experts_TK]))
+            if layer.shared is not None:
+                h_TD = fused.add_mlp(h_TD, x_TD, layer.shared)
+            return fused.add_routed_experts(layer, h_TD, x_TD, gates_TK, layer.slot_E[experts_TK])
         exchange, chosen_TK = layer.tools.dispatcher.open(), layer.slot_E[experts_TK]
         sizes = self.start(f"{layer.label}.counts", lambda: exchange.counts.start(chosen_TK))
         gates_TK = layer.router.gates(scores_TE, experts_TK)
@@ -264,10 +274,10 @@ class Decoder:
         weighted = layer.experts(*arriving.wait())
         coming = self.start(f"{layer.label}.combine", lambda: exchange.combine.start(weighted))
         yield
-        return (*shared, *coming.wait())
+        return add(h_TD, *shared, *coming.wait())
 
     def _attend(self, layer: Layer, x_TD: Tensor, batch: DecodeBatch, wanted: Wanted | None = None) -> Tensor:
-        """Write the latents of all rows; what attention adds to the residual stream of all rows, or the wanted ones."""
+        """Write the latents of all rows; the mixed values of all heads [., H·V] of all rows, or the wanted ones."""
         c, attention = self.config, layer.attention
         latent_kv, k_rope = attention.key_value_down(x_TD).split((c.key_value_rank, c.rope_dim), dim=-1)
         turned = rotate_(k_rope.to(self._high, copy=True), batch.cos, batch.sin)
@@ -275,10 +285,10 @@ class Decoder:
         self.cache.write(layer.label, batch.slots_T, new_TC)
         if wanted is not None:
             if wanted.batch is None:
-                return x_TD[:0]
+                return x_TD.new_empty(0, attention.sizes.H * attention.sizes.V)
             batch, x_TD, new_TC, k_rope = wanted.batch, *(t[wanted.rows_W] for t in (x_TD, new_TC, k_rope))
         latent_q = attention.query_norm(attention.query_down(x_TD)) if c.query_rank else x_TD
-        return attention.output(self._attend_groups(layer, latent_q, new_TC, k_rope, batch).to(self.dtype))
+        return self._attend_groups(layer, latent_q, new_TC, k_rope, batch).to(self.dtype)
 
     @property
     def _high(self) -> torch.dtype:

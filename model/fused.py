@@ -12,9 +12,10 @@ from torch import Tensor
 
 from model.attention import LatentAttention
 from model.cpu.kernels import kernels, suits
-from model.layer import Experts, Layer
-from model.layers import Toolbox
+from model.layer import MLP, Experts, Layer
+from model.layers import Linear, Toolbox
 from model.precision import CastPrecision
+from model.products import FEW_ROWS
 
 
 def takes(tools: Toolbox) -> bool:
@@ -33,11 +34,25 @@ def holds_all_experts(layer: Layer) -> bool:
     return isinstance(layer.experts, Experts) and len(layer.experts.numbers) == layer.router.config.num_experts
 
 
-def routed_experts(layer: Layer, x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor) -> Tensor:
-    """The sum of what each token's experts give, by their gates: [T, D]."""
+def add_routed_experts(layer: Layer, h_TD: Tensor, x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor) -> Tensor:
+    """h + the sum of what each token's experts give, by their gates: [T, D]."""
     weights = (layer.experts.gate_up.weight.detach(), layer.experts.down.weight.detach())
-    result_TD: Tensor = kernels().experts(x_TD.contiguous(), gates_TK.contiguous(), slots_TK.contiguous(), *weights)
+    operands = (x_TD.contiguous(), gates_TK.contiguous(), slots_TK.contiguous(), *weights, h_TD.contiguous())
+    result_TD: Tensor = kernels().experts(*operands)
     return result_TD
+
+
+def add_product(h_TD: Tensor, x_TI: Tensor, linear: Linear) -> Tensor:
+    """h + x · weightᵀ; for many rows oneDNN adds h where it writes the product."""
+    if len(x_TI) <= FEW_ROWS:
+        return h_TD + linear(x_TI)
+    operands = (x_TI.contiguous(), h_TD.contiguous(), linear.weight.detach())
+    result_TD: Tensor = torch.ops.mkldnn._linear_pointwise.binary(*operands, None, "add")
+    return result_TD
+
+
+def add_mlp(h_TD: Tensor, x_TD: Tensor, mlp: MLP) -> Tensor:
+    return add_product(h_TD, mlp.kernels.swiglu(mlp.gate_up(x_TD), None), mlp.down)
 
 
 def attend_prompts(

@@ -5,17 +5,14 @@
 // into FP32; scores, softmax and all sums are FP32. Blocks that no query may see are skipped. Forward
 // keeps the logarithm of each row's sum of exponentials; backward makes the probabilities again from that, transposed
 // (keys × queries), so that every product reads its operands row by row.
-//
-// `attend_latents` is for prompts in generation: it makes a head's queries, keys and values itself.
+// Prompts in generation have a forward of their own (prompts.cpp).
 //
 // Shapes: B sequences, S positions (P: padded to whole blocks), H heads; per head N channels without position, R rotary
 // ones, Q = N + R, V of values.
 
 #include <torch/library.h>
 
-#include <limits>
-
-#include "tiles.h"
+#include "softmax.h"
 
 namespace {
 
@@ -115,31 +112,6 @@ struct Right {
     }
   }
 };
-
-// What is left of a row of scores: its largest one, and Σ exp(score − largest).
-struct Exponentials {
-  float max, sum;
-};
-
-// exp(scale · (score − largest)) of row[low, high) into `to`, which may be the row, zeros in the rest of it [0, size).
-template <typename T>
-Exponentials exponentiate(const float* row, T* to, int64_t low, int64_t high, int64_t size, float scale) {
-  clear(to, to + low);
-  clear(to + high, to + size);
-  if (low >= high) return {0, 1};
-  Vec most(-std::numeric_limits<float>::infinity()), sums(0);
-  const auto each = [&](auto&& use) {
-    for (int64_t i = low; i < high; i += Vec::size()) use(i, std::min<int64_t>(Vec::size(), high - i));
-  };
-  each([&](int64_t i, int64_t n) { most = Vec::set(most, at::vec::maximum(most, Vec::loadu(row + i, n)), n); });
-  const float max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, most);
-  each([&](int64_t i, int64_t n) {
-    const Vec value = (Vec(scale) * (Vec::loadu(row + i, n) - Vec(max))).exp_u20();
-    store(value, to + i, n);
-    sums = Vec::set(sums, sums + value, n);
-  });
-  return {scale * max, at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, sums)};
-}
 
 // out [S, V] with rows ld apart, and lse [S].
 template <typename T>
@@ -331,60 +303,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout, const Ten
   return {dq_up, dkv_up, dk_rope};
 }
 
-// C [rows, N] = a [rows, K] · b [K, N] in tiles of NARROW rows; the last tile is filled up with zeros.
-void multiply_rows(int64_t rows, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                   int64_t ldc) {
-  for (int64_t row = 0; row < rows; row += NARROW) {
-    if (rows - row >= NARROW) {
-      multiply(NARROW, N, K, a + row * lda, lda, b, ldb, c + row * ldc, ldc, false);
-      continue;
-    }
-    std::vector<float> tile(NARROW * K);
-    copy_rows(a + row * lda, lda, tile.data(), K, rows - row, K);
-    multiply(NARROW, N, K, tile.data(), K, b, ldb, c + row * ldc, ldc, false);
-  }
-}
-
-// Attention of B prompts from their latents, forward alone: the heads' projections stay in the cache of a core. All FP32:
-// latent_q [B, S, K], latent_kv [B, S, ≥ C] of which the first C channels count, k_rope [B, S, R] not yet turned, the
-// weights of the projections [H · (N + R), K] and [H · (N + V), C]; each prompt is one document. [B, S, H · V].
-Tensor attend_latents(const Tensor& latent_q, const Tensor& latent_kv, const Tensor& k_rope, const Tensor& query_up,
-                      const Tensor& key_value_up, const Tensor& cos, const Tensor& sin, int64_t heads, double scale) {
-  const int64_t B = latent_q.size(0), S = latent_q.size(1), K = latent_q.size(2), R = k_rope.size(2);
-  const int64_t C = key_value_up.size(1), ld = latent_kv.size(2), Q = query_up.size(0) / heads, N = Q - R;
-  const int64_t kv = key_value_up.size(0) / heads;
-  const Sizes z{B, S, heads, N, R, kv - N, round_up(S, WIDE), static_cast<float>(scale)};
-  Tensor out = at::empty({B, S, heads * z.V}, latent_q.options());
-  const float *const q_in = latent_q.const_data_ptr<float>(), *const kv_in = latent_kv.const_data_ptr<float>();
-  const float *const w_q = query_up.const_data_ptr<float>(), *const w_kv = key_value_up.const_data_ptr<float>();
-  const float *const rope = k_rope.const_data_ptr<float>();
-  const float *const cosines = cos.const_data_ptr<float>(), *const sines = sin.const_data_ptr<float>();
-  float* const result = out.data_ptr<float>();
-  const std::vector<int64_t> first(S, 0), end(S, S);
-  at::parallel_for(0, B * heads, 1, [&](int64_t begin, int64_t stop) {
-    std::vector<float> turned_q(K * Q), turned_kv(C * kv), lse(S);
-    for (int64_t task = begin; task < stop; ++task) {
-      const int64_t start = task / heads * S, h = task % heads;
-      transpose(w_q + h * Q * K, K, turned_q.data(), Q, Q, K);
-      transpose(w_kv + h * kv * C, C, turned_kv.data(), kv, kv, C);
-      Head<float> head(z);
-      multiply_rows(S, Q, K, q_in + start * K, K, turned_q.data(), Q, head.q.data(), Q);
-      multiply_rows(S, N, C, kv_in + start * ld, ld, turned_kv.data(), kv, head.k.data(), Q);
-      multiply_rows(S, z.V, C, kv_in + start * ld, ld, &turned_kv[N], kv, head.v.data(), z.V);
-      copy_rows(rope + start * R, R, head.k.data() + N, Q, S, R);
-      const Angles angles{cosines + start * R / 2, sines + start * R / 2};
-      rotate(head.q.data() + N, Q, angles, z, 1);
-      rotate(head.k.data() + N, Q, angles, z, 1);
-      forward_head(head, {first.data(), end.data()}, z, result + start * heads * z.V + h * z.V, heads * z.V, lse.data());
-    }
-  });
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(deepseek_cpu, library) {
-  library.def("attend_latents", &attend_latents);
   library.def("attend", &attend);
   library.def("attend_backward", &attend_backward);
 }

@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <optional>
 
 #include "tiles.h"
 
@@ -22,6 +23,7 @@ using namespace cpu;
 using at::Tensor;
 
 constexpr int64_t MOST = 64, TILE = 16, FEW = 4;  // rows of a task, a multiple of which, and how few are dot products
+constexpr int64_t PIECE = 16;                     // rows of a weight between which memory is asked for what comes next
 
 struct Task {
   int64_t expert, begin, rows;  // pairs order[begin, begin + rows)
@@ -75,89 +77,146 @@ void dots(const float* x, const float* weight, float* y, int64_t N, int64_t K) {
 struct Scratch {
   std::vector<float> rows, x, h, y;
 
-  explicit Scratch(const Sizes& z) : rows(MOST * z.D), x(MOST * z.D), h(MOST * 2 * z.F), y(MOST * z.D) {}
+  explicit Scratch(const Sizes& z) : rows(TILE * z.D), x(MOST * std::max(z.D, z.F)), h(MOST * 2 * z.F), y(MOST * z.D) {}
 };
 
-// Of up to FEW rows in scratch.rows [M, D]; the result replaces them.
+// What a call reads, and where each pair's result goes: parts [T · K, D].
+struct Call {
+  const float *x, *gate_up, *down;
+  float* parts;
+  const int64_t* order;
+  Sizes z;
+
+  const float* row(const Task& task, int64_t r) const { return x + order[task.begin + r] / z.K * z.D; }
+  float* part(const Task& task, int64_t r) const { return parts + order[task.begin + r] * z.D; }
+  const float* first(const Task& task) const { return gate_up + task.expert * 2 * z.F * z.D; }
+  const float* second(const Task& task) const { return down + task.expert * z.D * z.F; }
+};
+
+void fetch(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Of M rows, M up to FEW.
 template <int M>
-void few_rows(Scratch& s, const float* gate_up, const float* down, const Sizes& z) {
-  dots<M>(s.rows.data(), gate_up, s.h.data(), 2 * z.F, z.D);
+void few_rows(const Call& call, const Task& task, Scratch& s) {
+  const Sizes& z = call.z;
+  for (int64_t m = 0; m < M; ++m) std::copy_n(call.row(task, m), z.D, &s.rows[m * z.D]);
+  dots<M>(s.rows.data(), call.first(task), s.h.data(), 2 * z.F, z.D);
   for (int64_t m = 0; m < M; ++m) {
     const float* const h = &s.h[m * 2 * z.F];
     swiglu_row(h, h + z.F, &s.x[m * z.F], z.F);
   }
-  dots<M>(s.x.data(), down, s.rows.data(), z.D, z.F);
+  dots<M>(s.x.data(), call.second(task), s.y.data(), z.D, z.F);
+  for (int64_t m = 0; m < M; ++m) std::copy_n(&s.y[m * z.D], z.D, call.part(task, m));
 }
 
-// Of up to MOST rows in scratch.rows [·, D]; the result replaces them. Shapes are kept few: width is padded.
-void many_rows(Scratch& s, int64_t rows, const float* gate_up, const float* down, const Sizes& z) {
-  const int64_t width = round_up(rows, TILE);
-  std::fill(&s.rows[rows * z.D], s.rows.data() + width * z.D, 0.f);
-  transpose(s.rows.data(), z.D, s.x.data(), width, width, z.D);
-  multiply(2 * z.F, width, z.D, gate_up, z.D, s.x.data(), width, s.h.data(), width, false);
-  swiglu_row(s.h.data(), &s.h[z.F * width], s.h.data(), z.F * width);
-  multiply(z.D, width, z.F, down, z.F, s.h.data(), width, s.y.data(), width, false);
-  transpose(s.y.data(), width, s.rows.data(), z.D, z.D, width);
-}
-
-void run(Scratch& s, int64_t rows, const float* gate_up, const float* down, const Sizes& z) {
-  switch (rows) {
-    case 1: return few_rows<1>(s, gate_up, down, z);
-    case 2: return few_rows<2>(s, gate_up, down, z);
-    case 3: return few_rows<3>(s, gate_up, down, z);
-    case 4: return few_rows<4>(s, gate_up, down, z);
-    default: many_rows(s, rows, gate_up, down, z);
+// y [N, width] = weight [N, K] · x [K, width] in pieces; before each of them meanwhile(its first row) asks for memory.
+template <typename Meanwhile>
+void multiply_in_pieces(int64_t N, int64_t width, int64_t K, const float* weight, const float* x, float* y,
+                        const Meanwhile& meanwhile) {
+  for (int64_t n = 0; n < N; n += PIECE) {
+    meanwhile(n);
+    multiply(std::min(PIECE, N - n), width, K, weight + n * K, K, x, width, y + n * width, width, false);
   }
 }
 
-// y [T, D] of x [T, D], gates [T, K], slots [T, K] in [0, E), gate_up [E, 2 F, D] and down [E, D, F]: FP32, row by row.
-Tensor experts(const Tensor& x, const Tensor& gates, const Tensor& slots, const Tensor& gate_up, const Tensor& down) {
+// Of up to MOST rows. Shapes are kept few: width is padded. The rows of the task after this one, where its results will
+// lie, and the weight's next rows if `cold` (the expert's first task here) are on their way while this one is computed.
+void many_rows(const Call& call, const Task& task, const Task* after, bool cold, Scratch& s) {
+  const Sizes& z = call.z;
+  const int64_t rows = task.rows, width = round_up(rows, TILE);
+  for (int64_t row = 0; row < rows; row += TILE) {
+    const int64_t some = std::min(TILE, rows - row);
+    for (int64_t r = 0; r < some; ++r) std::copy_n(call.row(task, row + r), z.D, &s.rows[r * z.D]);
+    std::fill(&s.rows[some * z.D], s.rows.data() + TILE * z.D, 0.f);
+    transpose(s.rows.data(), z.D, &s.x[row], width, TILE, z.D);
+  }
+  const float *const first = call.first(task), *const second = call.second(task);
+  multiply_in_pieces(2 * z.F, width, z.D, first, s.x.data(), s.h.data(), [&](int64_t n) {
+    if (cold) fetch(first + (n + PIECE) * z.D, std::max<int64_t>(0, std::min(PIECE, 2 * z.F - n - PIECE)) * z.D);
+    if (after)
+      for (int64_t r = n * after->rows / (2 * z.F); r < std::min(n + PIECE, 2 * z.F) * after->rows / (2 * z.F); ++r)
+        fetch(call.row(*after, r), z.D);
+  });
+  swiglu_row(s.h.data(), &s.h[z.F * width], s.h.data(), z.F * width);
+  multiply_in_pieces(z.D, width, z.F, second, s.h.data(), s.y.data(), [&](int64_t n) {
+    if (cold) fetch(second + (n + PIECE) * z.F, std::max<int64_t>(0, std::min(PIECE, z.D - n - PIECE)) * z.F);
+    for (int64_t r = n * rows / z.D; r < std::min(n + PIECE, z.D) * rows / z.D; ++r) fetch(call.part(task, r), z.D);
+  });
+  for (int64_t row = 0; row < rows; row += TILE) {
+    transpose(&s.y[row], width, s.rows.data(), z.D, z.D, TILE);
+    for (int64_t r = 0; r < std::min(TILE, rows - row); ++r) std::copy_n(&s.rows[r * z.D], z.D, call.part(task, row + r));
+  }
+}
+
+void run(const Call& call, const Task& task, const Task* after, bool cold, Scratch& s) {
+  switch (task.rows) {
+    case 1: return few_rows<1>(call, task, s);
+    case 2: return few_rows<2>(call, task, s);
+    case 3: return few_rows<3>(call, task, s);
+    case 4: return few_rows<4>(call, task, s);
+    default: many_rows(call, task, after, cold, s);
+  }
+}
+
+// y [T, D] = base [T, D] (if given) + Σ_k gates [T, K] · parts [T, K, D]; the sum over k is made first.
+void add_up(const float* gates, const float* parts, const float* base, float* y, const Sizes& z) {
+  at::parallel_for(0, z.T, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t d = 0; d < z.D; d += Vec::size()) {
+        const int count = static_cast<int>(std::min<int64_t>(Vec::size(), z.D - d));
+        Vec sum = Vec(gates[t * z.K]) * Vec::loadu(parts + t * z.K * z.D + d, count);
+        for (int64_t k = 1; k < z.K; ++k)
+          sum = sum + Vec(gates[t * z.K + k]) * Vec::loadu(parts + (t * z.K + k) * z.D + d, count);
+        (base ? Vec::loadu(base + t * z.D + d, count) + sum : sum).store(y + t * z.D + d, count);
+      }
+  });
+}
+
+// y [T, D] of x [T, D], gates [T, K], slots [T, K] in [0, E), gate_up [E, 2 F, D] and down [E, D, F]: FP32, row by row;
+// added to base [T, D] if there is one.
+Tensor experts(const Tensor& x, const Tensor& gates, const Tensor& slots, const Tensor& gate_up, const Tensor& down,
+               const std::optional<Tensor>& base) {
   const Sizes z{x.size(0), x.size(1), down.size(2), down.size(0), slots.size(1)};
-  const float *from = x.const_data_ptr<float>(), *gate = gates.const_data_ptr<float>();
-  const float *first = gate_up.const_data_ptr<float>(), *second = down.const_data_ptr<float>();
   const Plan plan(slots.const_data_ptr<int64_t>(), z);
   Tensor each = at::empty({z.T * z.K, z.D}, x.options()), y = at::empty({z.T, z.D}, x.options());
-  float *const parts = each.data_ptr<float>(), *const sums = y.data_ptr<float>();
+  const Call call{x.const_data_ptr<float>(), gate_up.const_data_ptr<float>(), down.const_data_ptr<float>(),
+                  each.data_ptr<float>(), plan.order.data(), z};
   std::atomic<size_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     Scratch s(z);
     for (size_t unit = next++; unit + 1 < plan.units.size(); unit = next++)
       for (size_t i = plan.units[unit]; i < plan.units[unit + 1]; ++i) {
-        const Task& task = plan.tasks[i];
-        const int64_t* pairs = &plan.order[task.begin];
-        for (int64_t r = 0; r < task.rows; ++r) std::copy_n(from + pairs[r] / z.K * z.D, z.D, &s.rows[r * z.D]);
-        run(s, task.rows, first + task.expert * 2 * z.F * z.D, second + task.expert * z.D * z.F, z);
-        for (int64_t r = 0; r < task.rows; ++r) std::copy_n(&s.rows[r * z.D], z.D, parts + pairs[r] * z.D);
+        const bool last = i + 1 == plan.units[unit + 1];
+        const size_t then = last ? plan.units[std::min(next.load(), plan.units.size() - 1)] : i + 1;  // maybe another's
+        run(call, plan.tasks[i], then < plan.tasks.size() ? &plan.tasks[then] : nullptr, i == plan.units[unit], s);
       }
   });
-  at::parallel_for(0, z.T, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t k = 0; k < z.K; ++k) {
-        const Vec share(gate[t * z.K + k]);
-        for (int64_t d = 0; d < z.D; d += Vec::size()) {
-          const int count = static_cast<int>(std::min<int64_t>(Vec::size(), z.D - d));
-          const Vec part = share * Vec::loadu(parts + (t * z.K + k) * z.D + d, count);
-          (k ? Vec::loadu(sums + t * z.D + d, count) + part : part).store(sums + t * z.D + d, count);
-        }
-      }
-  });
+  add_up(gates.const_data_ptr<float>(), each.const_data_ptr<float>(), base ? base->const_data_ptr<float>() : nullptr,
+         y.data_ptr<float>(), z);
   return y;
 }
 
-// The best `count` of values [0, n), ties to the lower index, in order; they are replaced by −∞.
-void best(float* values, int64_t n, int64_t count, int64_t* chosen) {
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t at = 0;
-    float most = values[0];
-    for (int64_t j = 1; j < n; ++j) {
-      const bool more = values[j] > most;
-      at = more ? j : at;
-      most = more ? values[j] : most;
-    }
-    chosen[i] = at;
-    values[at] = -INFINITY;
+// The best of what was offered, ties to the first, in order.
+struct Best {
+  std::vector<float> values;
+  std::vector<int64_t> chosen;
+
+  explicit Best(int64_t count) : values(count), chosen(count) {}
+
+  void clear() {
+    std::fill(values.begin(), values.end(), -INFINITY);
+    std::fill(chosen.begin(), chosen.end(), 0);
   }
-}
+  void offer(float value, int64_t number) {
+    size_t place = values.size() - 1;
+    if (!(value > values[place])) return;
+    for (; place > 0 && value > values[place - 1]; --place)
+      values[place] = values[place - 1], chosen[place] = chosen[place - 1];
+    values[place] = value, chosen[place] = number;
+  }
+};
 
 // As `choose_experts` of model/router.py: biased [T, E] → [T, K].
 Tensor choose(const Tensor& biased, int64_t groups, int64_t groups_per_token, int64_t experts_per_token) {
@@ -166,23 +225,23 @@ Tensor choose(const Tensor& biased, int64_t groups, int64_t groups_per_token, in
   const float* const all = biased.const_data_ptr<float>();
   int64_t* const out = result.data_ptr<int64_t>();
   at::parallel_for(0, T, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> values(E), sums(groups), open(E);
-    std::vector<int64_t> two(2), kept(groups_per_token);
+    Best best_groups(groups_per_token), best(experts_per_token);
     for (int64_t t = begin; t < end; ++t) {
-      std::copy_n(all + t * E, E, values.begin());
-      std::copy_n(all + t * E, E, open.begin());
-      if (groups_per_token < groups) {
-        std::fill(open.begin(), open.end(), -INFINITY);
-        for (int64_t g = 0; g < groups; ++g) {
-          const int64_t used = std::min<int64_t>(2, width);
-          best(&values[g * width], width, used, two.data());
-          sums[g] = 0;
-          for (int64_t i = 0; i < used; ++i) sums[g] += all[t * E + g * width + two[i]];
+      const float* const scores = all + t * E;
+      best_groups.clear();
+      best.clear();
+      for (int64_t g = 0; g < groups; ++g) {
+        float first = -INFINITY, second = -INFINITY;
+        for (int64_t e = g * width; e < (g + 1) * width; ++e) {
+          second = std::max(second, std::min(first, scores[e]));
+          first = std::max(first, scores[e]);
         }
-        best(sums.data(), groups, groups_per_token, kept.data());
-        for (const int64_t g : kept) std::copy_n(all + t * E + g * width, width, &open[g * width]);
+        best_groups.offer(width > 1 ? first + second : first, g);
       }
-      best(open.data(), E, experts_per_token, out + t * experts_per_token);
+      std::sort(best_groups.chosen.begin(), best_groups.chosen.end());
+      for (const int64_t g : best_groups.chosen)
+        for (int64_t e = g * width; e < (g + 1) * width; ++e) best.offer(scores[e], e);
+      std::copy(best.chosen.begin(), best.chosen.end(), out + t * experts_per_token);
     }
   });
   return result;
@@ -191,6 +250,7 @@ Tensor choose(const Tensor& biased, int64_t groups, int64_t groups_per_token, in
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(deepseek_cpu, library) {
-  library.def("experts", &experts);
+  library.def("experts(Tensor x, Tensor gates, Tensor slots, Tensor gate_up, Tensor down, Tensor? base=None) -> Tensor",
+              &experts);
   library.def("choose_experts", &choose);
 }
