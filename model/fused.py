@@ -17,6 +17,8 @@ from model.layers import Linear, Toolbox
 from model.precision import CastPrecision
 from model.products import FEW_ROWS
 
+MANY_ROWS = 512  # from which an MLP's rows are enough for tasks of 64 on all threads
+
 
 def takes(tools: Toolbox) -> bool:
     """Whether the kernels are wanted, and take this precision on this device."""
@@ -52,7 +54,15 @@ def add_product(h_TD: Tensor, x_TI: Tensor, linear: Linear) -> Tensor:
 
 
 def add_mlp(h_TD: Tensor, x_TD: Tensor, mlp: MLP) -> Tensor:
-    return add_product(h_TD, mlp.kernels.swiglu(mlp.gate_up(x_TD), None), mlp.down)
+    """h + the MLP of x; of many rows as that of a single expert, whose wide values stay in the cache of a core."""
+    if len(x_TD) < MANY_ROWS:
+        return add_product(h_TD, mlp.kernels.swiglu(mlp.gate_up(x_TD), None), mlp.down)
+    weights = (linear.weight.detach().unsqueeze(0) for linear in (mlp.gate_up, mlp.down))
+    ones_T1 = x_TD.new_ones(len(x_TD), 1)
+    result_TD: Tensor = kernels().experts(
+        x_TD.contiguous(), ones_T1, torch.zeros_like(ones_T1, dtype=torch.int64), *weights, h_TD.contiguous()
+    )
+    return result_TD
 
 
 def attend_prompts(

@@ -4,8 +4,8 @@
 //
 // A task is up to 64 rows of one expert, on one thread. Weights are [out, in], so a product is weight · rowsᵀ: rows are
 // columns in it, and are turned once on their way in and once on their way out. One to four rows are plain dot products,
-// which read the weights as fast as memory gives them. Each row's result has a place of its own, and a token adds up its
-// own in the order of its choice: no sum depends on which thread was first.
+// which read the weights as fast as memory gives them. Each row's result has a place of its own, beside those of its
+// task, and a token adds up its own in the order of its choice: no sum depends on which thread was first.
 //
 // Shapes: T tokens, D hidden size, F width of an expert, E experts here, K experts per token.
 
@@ -23,7 +23,6 @@ using namespace cpu;
 using at::Tensor;
 
 constexpr int64_t MOST = 64, TILE = 16, FEW = 4;  // rows of a task, a multiple of which, and how few are dot products
-constexpr int64_t PIECE = 16;                     // rows of a weight between which memory is asked for what comes next
 
 struct Task {
   int64_t expert, begin, rows;  // pairs order[begin, begin + rows)
@@ -33,13 +32,13 @@ struct Sizes {
   int64_t T, D, F, E, K;
 };
 
-// Pairs (token, choice) sorted by expert, cut into tasks. A pair is number token · K + choice.
+// Pairs (token, choice) sorted by expert, cut into tasks. A pair is number token · K + choice; order[place[pair]] is pair.
 struct Plan {
-  std::vector<int64_t> order;
+  std::vector<int64_t> order, place;
   std::vector<Task> tasks;
   std::vector<size_t> units;  // where those begin that one thread does in a row, and the end
 
-  Plan(const int64_t* slots, const Sizes& z) : order(z.T * z.K) {
+  Plan(const int64_t* slots, const Sizes& z) : order(z.T * z.K), place(z.T * z.K) {
     std::vector<int64_t> next(z.E + 1);
     for (int64_t pair = 0; pair < z.T * z.K; ++pair) ++next[slots[pair] + 1];
     for (int64_t e = 0; e < z.E; ++e) {
@@ -49,7 +48,10 @@ struct Plan {
       for (int64_t from = 0; from < rows; from += step)
         tasks.push_back({e, begin + from, std::min(step, rows - from)});
     }
-    for (int64_t pair = 0; pair < z.T * z.K; ++pair) order[next[slots[pair]]++] = pair;
+    for (int64_t pair = 0; pair < z.T * z.K; ++pair) {
+      place[pair] = next[slots[pair]]++;
+      order[place[pair]] = pair;
+    }
     const bool many = z.E >= 8 * at::get_num_threads();  // so many experts that one thread may have all of one
     for (size_t i = 0; i < tasks.size(); ++i)
       if (!many || i == 0 || tasks[i].expert != tasks[i - 1].expert) units.push_back(i);
@@ -77,100 +79,56 @@ void dots(const float* x, const float* weight, float* y, int64_t N, int64_t K) {
 struct Scratch {
   std::vector<float> rows, x, h, y;
 
-  explicit Scratch(const Sizes& z) : rows(TILE * z.D), x(MOST * std::max(z.D, z.F)), h(MOST * 2 * z.F), y(MOST * z.D) {}
+  explicit Scratch(const Sizes& z) : rows(MOST * z.D), x(MOST * std::max(z.D, z.F)), h(MOST * 2 * z.F), y(MOST * z.D) {}
 };
 
-// What a call reads, and where each pair's result goes: parts [T · K, D].
-struct Call {
-  const float *x, *gate_up, *down;
-  float* parts;
-  const int64_t* order;
-  Sizes z;
-
-  const float* row(const Task& task, int64_t r) const { return x + order[task.begin + r] / z.K * z.D; }
-  float* part(const Task& task, int64_t r) const { return parts + order[task.begin + r] * z.D; }
-  const float* first(const Task& task) const { return gate_up + task.expert * 2 * z.F * z.D; }
-  const float* second(const Task& task) const { return down + task.expert * z.D * z.F; }
-};
-
-void fetch(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i, 0, 2);
-}
-
-// Of M rows, M up to FEW.
+// Of up to FEW rows in scratch.rows [M, D]; the result replaces them.
 template <int M>
-void few_rows(const Call& call, const Task& task, Scratch& s) {
-  const Sizes& z = call.z;
-  for (int64_t m = 0; m < M; ++m) std::copy_n(call.row(task, m), z.D, &s.rows[m * z.D]);
-  dots<M>(s.rows.data(), call.first(task), s.h.data(), 2 * z.F, z.D);
+void few_rows(Scratch& s, const float* gate_up, const float* down, const Sizes& z) {
+  dots<M>(s.rows.data(), gate_up, s.h.data(), 2 * z.F, z.D);
   for (int64_t m = 0; m < M; ++m) {
     const float* const h = &s.h[m * 2 * z.F];
     swiglu_row(h, h + z.F, &s.x[m * z.F], z.F);
   }
-  dots<M>(s.x.data(), call.second(task), s.y.data(), z.D, z.F);
-  for (int64_t m = 0; m < M; ++m) std::copy_n(&s.y[m * z.D], z.D, call.part(task, m));
+  dots<M>(s.x.data(), down, s.rows.data(), z.D, z.F);
 }
 
-// y [N, width] = weight [N, K] · x [K, width] in pieces; before each of them meanwhile(its first row) asks for memory.
-template <typename Meanwhile>
-void multiply_in_pieces(int64_t N, int64_t width, int64_t K, const float* weight, const float* x, float* y,
-                        const Meanwhile& meanwhile) {
-  for (int64_t n = 0; n < N; n += PIECE) {
-    meanwhile(n);
-    multiply(std::min(PIECE, N - n), width, K, weight + n * K, K, x, width, y + n * width, width, false);
-  }
-}
-
-// Of up to MOST rows. Shapes are kept few: width is padded. The rows of the task after this one, where its results will
-// lie, and the weight's next rows if `cold` (the expert's first task here) are on their way while this one is computed.
-void many_rows(const Call& call, const Task& task, const Task* after, bool cold, Scratch& s) {
-  const Sizes& z = call.z;
-  const int64_t rows = task.rows, width = round_up(rows, TILE);
-  for (int64_t row = 0; row < rows; row += TILE) {
-    const int64_t some = std::min(TILE, rows - row);
-    for (int64_t r = 0; r < some; ++r) std::copy_n(call.row(task, row + r), z.D, &s.rows[r * z.D]);
-    std::fill(&s.rows[some * z.D], s.rows.data() + TILE * z.D, 0.f);
-    transpose(s.rows.data(), z.D, &s.x[row], width, TILE, z.D);
-  }
-  const float *const first = call.first(task), *const second = call.second(task);
-  multiply_in_pieces(2 * z.F, width, z.D, first, s.x.data(), s.h.data(), [&](int64_t n) {
-    if (cold) fetch(first + (n + PIECE) * z.D, std::max<int64_t>(0, std::min(PIECE, 2 * z.F - n - PIECE)) * z.D);
-    if (after)
-      for (int64_t r = n * after->rows / (2 * z.F); r < std::min(n + PIECE, 2 * z.F) * after->rows / (2 * z.F); ++r)
-        fetch(call.row(*after, r), z.D);
-  });
+// Of up to MOST rows in scratch.rows [·, D]; the result replaces them. Shapes are kept few: width is padded.
+void many_rows(Scratch& s, int64_t rows, const float* gate_up, const float* down, const Sizes& z) {
+  const int64_t width = round_up(rows, TILE);
+  std::fill(&s.rows[rows * z.D], s.rows.data() + width * z.D, 0.f);
+  transpose(s.rows.data(), z.D, s.x.data(), width, width, z.D);
+  multiply(2 * z.F, width, z.D, gate_up, z.D, s.x.data(), width, s.h.data(), width, false);
   swiglu_row(s.h.data(), &s.h[z.F * width], s.h.data(), z.F * width);
-  multiply_in_pieces(z.D, width, z.F, second, s.h.data(), s.y.data(), [&](int64_t n) {
-    if (cold) fetch(second + (n + PIECE) * z.F, std::max<int64_t>(0, std::min(PIECE, z.D - n - PIECE)) * z.F);
-    for (int64_t r = n * rows / z.D; r < std::min(n + PIECE, z.D) * rows / z.D; ++r) fetch(call.part(task, r), z.D);
-  });
-  for (int64_t row = 0; row < rows; row += TILE) {
-    transpose(&s.y[row], width, s.rows.data(), z.D, z.D, TILE);
-    for (int64_t r = 0; r < std::min(TILE, rows - row); ++r) std::copy_n(&s.rows[r * z.D], z.D, call.part(task, row + r));
+  multiply(z.D, width, z.F, down, z.F, s.h.data(), width, s.y.data(), width, false);
+  transpose(s.y.data(), width, s.rows.data(), z.D, z.D, width);
+}
+
+void run(Scratch& s, int64_t rows, const float* gate_up, const float* down, const Sizes& z) {
+  switch (rows) {
+    case 1: return few_rows<1>(s, gate_up, down, z);
+    case 2: return few_rows<2>(s, gate_up, down, z);
+    case 3: return few_rows<3>(s, gate_up, down, z);
+    case 4: return few_rows<4>(s, gate_up, down, z);
+    default: many_rows(s, rows, gate_up, down, z);
   }
 }
 
-void run(const Call& call, const Task& task, const Task* after, bool cold, Scratch& s) {
-  switch (task.rows) {
-    case 1: return few_rows<1>(call, task, s);
-    case 2: return few_rows<2>(call, task, s);
-    case 3: return few_rows<3>(call, task, s);
-    case 4: return few_rows<4>(call, task, s);
-    default: many_rows(call, task, after, cold, s);
-  }
-}
-
-// y [T, D] = base [T, D] (if given) + Σ_k gates [T, K] · parts [T, K, D]; the sum over k is made first.
-void add_up(const float* gates, const float* parts, const float* base, float* y, const Sizes& z) {
+// y [T, D] = base [T, D] (if given) + Σ_k gates [T, K] · the token's parts; the sum over k is made first.
+void add_up(const float* gates, const float* parts, const Plan& plan, const float* base, float* y, const Sizes& z) {
   at::parallel_for(0, z.T, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
+    const auto part = [&](int64_t pair) { return parts + plan.place[pair] * z.D; };
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t pair = (t + 1) * z.K; t + 1 < end && pair < (t + 2) * z.K; ++pair)  // they lie anywhere: ask early
+        for (int64_t d = 0; d < z.D; d += Vec::size()) __builtin_prefetch(part(pair) + d);
       for (int64_t d = 0; d < z.D; d += Vec::size()) {
         const int count = static_cast<int>(std::min<int64_t>(Vec::size(), z.D - d));
-        Vec sum = Vec(gates[t * z.K]) * Vec::loadu(parts + t * z.K * z.D + d, count);
+        Vec sum = Vec(gates[t * z.K]) * Vec::loadu(part(t * z.K) + d, count);
         for (int64_t k = 1; k < z.K; ++k)
-          sum = sum + Vec(gates[t * z.K + k]) * Vec::loadu(parts + (t * z.K + k) * z.D + d, count);
+          sum = sum + Vec(gates[t * z.K + k]) * Vec::loadu(part(t * z.K + k) + d, count);
         (base ? Vec::loadu(base + t * z.D + d, count) + sum : sum).store(y + t * z.D + d, count);
       }
+    }
   });
 }
 
@@ -179,22 +137,24 @@ void add_up(const float* gates, const float* parts, const float* base, float* y,
 Tensor experts(const Tensor& x, const Tensor& gates, const Tensor& slots, const Tensor& gate_up, const Tensor& down,
                const std::optional<Tensor>& base) {
   const Sizes z{x.size(0), x.size(1), down.size(2), down.size(0), slots.size(1)};
+  const float *const from = x.const_data_ptr<float>();
+  const float *const first = gate_up.const_data_ptr<float>(), *const second = down.const_data_ptr<float>();
   const Plan plan(slots.const_data_ptr<int64_t>(), z);
   Tensor each = at::empty({z.T * z.K, z.D}, x.options()), y = at::empty({z.T, z.D}, x.options());
-  const Call call{x.const_data_ptr<float>(), gate_up.const_data_ptr<float>(), down.const_data_ptr<float>(),
-                  each.data_ptr<float>(), plan.order.data(), z};
+  float* const parts = each.data_ptr<float>();
   std::atomic<size_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     Scratch s(z);
     for (size_t unit = next++; unit + 1 < plan.units.size(); unit = next++)
       for (size_t i = plan.units[unit]; i < plan.units[unit + 1]; ++i) {
-        const bool last = i + 1 == plan.units[unit + 1];
-        const size_t then = last ? plan.units[std::min(next.load(), plan.units.size() - 1)] : i + 1;  // maybe another's
-        run(call, plan.tasks[i], then < plan.tasks.size() ? &plan.tasks[then] : nullptr, i == plan.units[unit], s);
+        const Task& task = plan.tasks[i];
+        const int64_t* pairs = &plan.order[task.begin];
+        for (int64_t r = 0; r < task.rows; ++r) std::copy_n(from + pairs[r] / z.K * z.D, z.D, &s.rows[r * z.D]);
+        run(s, task.rows, first + task.expert * 2 * z.F * z.D, second + task.expert * z.D * z.F, z);
+        std::copy_n(s.rows.data(), task.rows * z.D, parts + task.begin * z.D);
       }
   });
-  add_up(gates.const_data_ptr<float>(), each.const_data_ptr<float>(), base ? base->const_data_ptr<float>() : nullptr,
-         y.data_ptr<float>(), z);
+  add_up(gates.const_data_ptr<float>(), parts, plan, base ? base->const_data_ptr<float>() : nullptr, y.data_ptr<float>(), z);
   return y;
 }
 
