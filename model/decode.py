@@ -234,10 +234,11 @@ class Decoder:
         """A micro-batch on its way through layers; stops wherever it has started a communication."""
         for layer in layers:
             if batch is not None:
-                last = wanted if layer is layers[-1] else None
-                heads_TX = self._attend(layer, layer.attention_norm(h_TD), batch, last)
-                if last is not None:
-                    h_TD = h_TD[last.rows_W]
+                x_TD = layer.attention_norm(h_TD)
+                if wanted is not None and layer is layers[-1]:
+                    heads_TX, h_TD = self._attend(layer, x_TD, batch, wanted), h_TD[wanted.rows_W]
+                else:
+                    heads_TX = self._attend(layer, x_TD, batch)
                 h_TD = self._add_product(h_TD, heads_TX, layer.attention.output)
             if layer.is_moe:
                 x_TD = layer.mlp_norm(h_TD) if batch is not None else h_TD

@@ -52,9 +52,10 @@ struct Plan {
       place[pair] = next[slots[pair]]++;
       order[place[pair]] = pair;
     }
-    const bool many = z.E >= 8 * at::get_num_threads();  // so many experts that one thread may have all of one
+    // So many experts that one thread may have all of one; but the last tasks are shared out singly, to end together.
+    const size_t threads = at::get_num_threads(), single = static_cast<size_t>(z.E) >= 8 * threads ? 4 * threads : tasks.size();
     for (size_t i = 0; i < tasks.size(); ++i)
-      if (!many || i == 0 || tasks[i].expert != tasks[i - 1].expert) units.push_back(i);
+      if (i + single >= tasks.size() || i == 0 || tasks[i].expert != tasks[i - 1].expert) units.push_back(i);
     units.push_back(tasks.size());
   }
 };
@@ -82,35 +83,42 @@ struct Scratch {
   explicit Scratch(const Sizes& z) : rows(MOST * z.D), x(MOST * std::max(z.D, z.F)), h(MOST * 2 * z.F), y(MOST * z.D) {}
 };
 
-// Of up to FEW rows in scratch.rows [M, D]; the result replaces them.
+// y [M, D] of up to FEW rows x [M, D].
 template <int M>
-void few_rows(Scratch& s, const float* gate_up, const float* down, const Sizes& z) {
-  dots<M>(s.rows.data(), gate_up, s.h.data(), 2 * z.F, z.D);
+void few_rows(Scratch& s, const float* x, float* y, const float* gate_up, const float* down, const Sizes& z) {
+  dots<M>(x, gate_up, s.h.data(), 2 * z.F, z.D);
   for (int64_t m = 0; m < M; ++m) {
     const float* const h = &s.h[m * 2 * z.F];
     swiglu_row(h, h + z.F, &s.x[m * z.F], z.F);
   }
-  dots<M>(s.x.data(), down, s.rows.data(), z.D, z.F);
+  dots<M>(s.x.data(), down, y, z.D, z.F);
 }
 
-// Of up to MOST rows in scratch.rows [·, D]; the result replaces them. Shapes are kept few: width is padded.
-void many_rows(Scratch& s, int64_t rows, const float* gate_up, const float* down, const Sizes& z) {
+// y [rows, D] of up to MOST rows x [rows, D]; x may be scratch.rows. Shapes are kept few: width is padded.
+void many_rows(Scratch& s, int64_t rows, const float* x, float* y, const float* gate_up, const float* down,
+               const Sizes& z) {
   const int64_t width = round_up(rows, TILE);
-  std::fill(&s.rows[rows * z.D], s.rows.data() + width * z.D, 0.f);
-  transpose(s.rows.data(), z.D, s.x.data(), width, width, z.D);
+  const bool whole = rows == width;
+  if (!whole) {
+    if (x != s.rows.data()) std::copy_n(x, rows * z.D, s.rows.data());
+    std::fill(&s.rows[rows * z.D], s.rows.data() + width * z.D, 0.f);
+    x = s.rows.data();
+  }
+  transpose(x, z.D, s.x.data(), width, width, z.D);
   multiply(2 * z.F, width, z.D, gate_up, z.D, s.x.data(), width, s.h.data(), width, false);
   swiglu_row(s.h.data(), &s.h[z.F * width], s.h.data(), z.F * width);
   multiply(z.D, width, z.F, down, z.F, s.h.data(), width, s.y.data(), width, false);
-  transpose(s.y.data(), width, s.rows.data(), z.D, z.D, width);
+  transpose(s.y.data(), width, whole ? y : s.rows.data(), z.D, z.D, width);
+  if (!whole) std::copy_n(s.rows.data(), rows * z.D, y);
 }
 
-void run(Scratch& s, int64_t rows, const float* gate_up, const float* down, const Sizes& z) {
+void run(Scratch& s, int64_t rows, const float* x, float* y, const float* gate_up, const float* down, const Sizes& z) {
   switch (rows) {
-    case 1: return few_rows<1>(s, gate_up, down, z);
-    case 2: return few_rows<2>(s, gate_up, down, z);
-    case 3: return few_rows<3>(s, gate_up, down, z);
-    case 4: return few_rows<4>(s, gate_up, down, z);
-    default: many_rows(s, rows, gate_up, down, z);
+    case 1: return few_rows<1>(s, x, y, gate_up, down, z);
+    case 2: return few_rows<2>(s, x, y, gate_up, down, z);
+    case 3: return few_rows<3>(s, x, y, gate_up, down, z);
+    case 4: return few_rows<4>(s, x, y, gate_up, down, z);
+    default: many_rows(s, rows, x, y, gate_up, down, z);
   }
 }
 
@@ -149,9 +157,13 @@ Tensor experts(const Tensor& x, const Tensor& gates, const Tensor& slots, const 
       for (size_t i = plan.units[unit]; i < plan.units[unit + 1]; ++i) {
         const Task& task = plan.tasks[i];
         const int64_t* pairs = &plan.order[task.begin];
-        for (int64_t r = 0; r < task.rows; ++r) std::copy_n(from + pairs[r] / z.K * z.D, z.D, &s.rows[r * z.D]);
-        run(s, task.rows, first + task.expert * 2 * z.F * z.D, second + task.expert * z.D * z.F, z);
-        std::copy_n(s.rows.data(), task.rows * z.D, parts + task.begin * z.D);
+        const float* rows = from + task.begin * z.D;  // a single expert's lie so already
+        if (z.E > 1) {
+          for (int64_t r = 0; r < task.rows; ++r) std::copy_n(from + pairs[r] / z.K * z.D, z.D, &s.rows[r * z.D]);
+          rows = s.rows.data();
+        }
+        run(s, task.rows, rows, parts + task.begin * z.D, first + task.expert * 2 * z.F * z.D,
+            second + task.expert * z.D * z.F, z);
       }
   });
   add_up(gates.const_data_ptr<float>(), parts, plan, base ? base->const_data_ptr<float>() : nullptr, y.data_ptr<float>(), z);
