@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model import fused
 from model.config import ModelConfig
 from model.cpu import kernels as library
 from model.decode import Decoder, Piece
@@ -60,6 +61,25 @@ def test_experts_of_any_shape_equal_plain_products(data: st.DataObject) -> None:
     ours = library.kernels().experts(x, gates, slots, *weights)
     exact = plain_experts(x.double(), gates.double(), slots, *(w.double() for w in weights))
     assert float((ours - exact).abs().max()) <= 2e-6 * float(exact.abs().max())
+
+
+@needs_avx512
+@pytest.mark.parametrize("rows", [0, 1, 9, 600, 1024])
+def test_an_mlp_is_added_to_the_residual_stream(rows: int) -> None:
+    """Of few rows by torch's products, of many as a single expert; what it is added to stays as it was."""
+    generator = torch.Generator().manual_seed(rows)
+    layer = next(layer for layer in fused_model(CONFIG).layers.values() if not layer.is_moe)
+    h, x = torch.randn(2, rows, CONFIG.hidden_size, generator=generator).unbind()
+    before, (gate_up, down) = (
+        h.clone(),
+        (linear.weight.detach().double() for linear in (layer.mlp.gate_up, layer.mlp.down)),
+    )
+    gate, up = (x.double() @ gate_up.T).chunk(2, dim=1)
+    exact = h.double() + (torch.nn.functional.silu(gate) * up) @ down.T
+    with torch.no_grad():
+        ours = fused.add_mlp(h, x, layer.mlp)
+    assert float((ours - exact).norm()) <= 1e-6 * float(exact.norm())
+    assert torch.equal(h, before)
 
 
 @needs_avx512
