@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from parallel.last_word import leave_last_word_to_rank_0
 from serving.cluster_options import ClusterOptions, check_cluster, place
 from serving.options import parse_options, usage
 from serving.supervisor import Supervisor
@@ -109,6 +110,7 @@ def main(words: list[str]) -> int:
     except (ValueError, RuntimeError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_last_word_to_rank_0()
         return 2
 
 

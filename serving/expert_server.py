@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from parallel.last_word import leave_last_word_to_rank_0
 from parallel.saved import CheckpointError
 from parallel.whole import FoundModel, find_model
 from serving.engine import CacheSize, Engine
@@ -120,6 +121,7 @@ def main(words: list[str]) -> int:
     except (CheckpointError, ValueError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_last_word_to_rank_0()
         return 2
 
 

@@ -31,6 +31,7 @@ from model.loss import LossConfig
 from model.precisions import make_precision
 from parallel.build import build_stages
 from training.config import Config, from_hydra, register_schemas
+from training.outcome import BAD_CONFIG, end_on_purpose
 from training.step import loss_scales
 from training.trainer import Job, join_process_group, prepare
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         if rank == 0:
             cause = "" if error.__cause__ is None else f": {error.__cause__}"
             print(f"error: {' '.join(f'{error}{cause}'.split())}", file=sys.stderr)
-        return 2
+        return end_on_purpose(BAD_CONFIG)
     costs = measure(job)
     if rank == 0:
         text = json.dumps(costs, indent=1)

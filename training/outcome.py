@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from parallel.last_word import leave_last_word_to_rank_0
+
 BAD_CONFIG, FAILED, DONE = 2, 1, 0
 STOPPED = "stopped"  # ended early and in order; the same command goes on
 
@@ -20,9 +22,11 @@ def launched_by_script() -> bool:
 
 
 def end_on_purpose(code: int, word: str | None = None) -> int:
-    """Report this ending; returns the exit code of this process."""
+    """Report this ending, on which all ranks agree; returns the exit code of this process."""
     path = os.environ.get("OUTCOME_FILE")
     if not path:
+        if code:
+            leave_last_word_to_rank_0()
         return code
     Path(path).write_text(f"{word or code}\n")
     return DONE
