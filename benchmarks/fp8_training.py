@@ -11,8 +11,9 @@ scratch for 2,000 steps.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone
-    split    BF16 again, each step in two micro-batches: the same sums in another order. What it differs from BF16 is
-             the noise of the comparison
+    split    BF16 again, each step in two micro-batches: the same sums in another order
+    nudged   BF16 again, at a learning rate larger by one part in a million. What these two differ from BF16 is the
+             noise of the comparison
 
 The learning rate is the report's, 2.2e-4. At 5e-4 runs that differ by one rounding end a percent apart.
 """
@@ -56,8 +57,16 @@ VARIANTS = {
     "blocks": "precision=fp8 precision.gradient_blocks=true",
     "fp32": "precision=fp32",
     "split": "precision=bf16",
+    "nudged": "precision=bf16 optim.lr=2.2000022e-4",
 }
-COLORS = {"bf16": "black", "fp8": "tab:red", "blocks": "tab:blue", "fp32": "tab:green", "split": "tab:gray"}
+COLORS = {
+    "bf16": "black",
+    "fp8": "tab:red",
+    "blocks": "tab:blue",
+    "fp32": "tab:green",
+    "split": "tab:gray",
+    "nudged": "tab:olive",
+}
 SEEDS = ("0", "1", "2", "3", "4", "5")
 
 
