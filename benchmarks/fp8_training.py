@@ -68,6 +68,7 @@ COLORS = {
     "nudged": "tab:olive",
 }
 SEEDS = ("0", "1", "2", "3", "4", "5")
+BF16_RUNS = ("bf16", "split", "nudged")  # which differ by rounding alone: any of them is as good a yardstick
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,27 @@ def report() -> None:
                 case = f"{model}, {variant} against bf16, mean of {len(differences)} seeds, last {WINDOW} steps"
                 error = statistics.stdev(differences) / len(differences) ** 0.5
                 rows.append(Row(case, "% more loss", statistics.mean(differences), "standard error", error))
+        rows += against_all(model)
     publish("fp8_training", rows)
     draw(Path("docs/images/fp8_training.png"))
+
+
+def against_all(model: str) -> list[Row]:
+    """Each variant's loss over the last steps against the mean of the BF16 runs of its seed, where all of them are."""
+    rows, steps = [], steps_of(model)
+    for variant in VARIANTS:
+        differences = []
+        for seed in SEEDS:
+            ours = Losses.read(model, variant, seed)
+            runs = [run for name in BF16_RUNS if (run := Losses.read(model, name, seed)) is not None]
+            if ours is not None and len(runs) == len(BF16_RUNS):
+                bf16 = statistics.mean(run.smoothed(steps) for run in runs)
+                differences.append(100 * (ours.smoothed(steps) / bf16 - 1))
+        if len(differences) > 1:
+            case = f"{model}, {variant} against all BF16 runs, mean of {len(differences)} seeds, last {WINDOW} steps"
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            rows.append(Row(case, "% more loss", statistics.mean(differences), "standard error", error))
+    return rows
 
 
 def draw(path: Path) -> None:
