@@ -123,6 +123,16 @@ def test_attention_equals_the_one_in_blocks(dtype: torch.dtype, case: AttentionC
 
 
 @needs_avx512
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_alone_change_no_score(dtype: torch.dtype) -> None:
+    """A query that sees one key has a share of 1 whatever the score: no gradient for it, not even rounding's."""
+    case = AttentionCase(HeadSizes(2, 20, 8, 24, 0.2), torch.arange(70).unsqueeze(0), 0)
+    _, dq, dkv, dk_rope = case.results(dtype, compiled=True)
+    assert not dq.any() and not dk_rope.any() and not dkv.view(-1, 2, 44)[..., :20].any()
+    assert dkv.any()
+
+
+@needs_avx512
 @settings(max_examples=10, deadline=None)
 @given(case=attention_cases())
 def test_without_errors_the_model_of_rounding_is_exact(case: AttentionCase) -> None:
