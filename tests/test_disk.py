@@ -5,6 +5,7 @@ Real small disks (tmpfs), so Linux and root only; the rest runs anywhere.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -41,10 +42,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> None:
-    """Take all room on a disk but `leave` bytes."""
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    """Take all room on a disk but `leave` bytes, or as much as a job that goes on writing lets be taken."""
     with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - leave)
+        while (room := os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - leave) > 0:
+            try:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, room)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:  # else the job has taken some of it meanwhile: try what is left
+                    raise
 
 
 @needs_root
