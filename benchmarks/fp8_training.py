@@ -7,7 +7,7 @@ Runs of a model and seed start from the same weights and read the same text in t
 differs. The text is read less than once, so the training loss is an honest measure. Adam's moments are BF16 in all.
 The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order. Those called
 `same` only evaluate what `bf16` of that seed has reached, in each precision: no run drifts there. `long` is from
-scratch for 2,000 steps.
+scratch for 2,000 steps, `batch` from scratch with four times the sequences in a step.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone
@@ -49,6 +49,7 @@ SAME = "optim.lr=1e-12 optim.lr_final=1e-12 optim.warmup_steps=0 eval_every=1 in
 MODELS |= {
     **{f"{name}_later": f"{words} {LATER}/{name}-bf16-0" for name, words in MODELS.items()},
     **{f"{name}_long": words for name, words in MODELS.items()},
+    **{f"{name}_batch": words for name, words in MODELS.items()},
     **{f"{name}_same": f"{words} {SAME}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
 }
 VARIANTS = {
@@ -100,7 +101,7 @@ def steps_of(model: str) -> int:
 
 def run(model: str, variant: str, seed: str = "0") -> None:
     name = f"{model}-{variant}-{seed}"
-    rows, cuts = ROWS[model.split("_")[0]], 2 if variant == "split" else 1
+    rows, cuts = ROWS[model.split("_")[0]] * (4 if model.endswith("_batch") else 1), 2 if variant == "split" else 1
     words = f"{COMMON} schedule.micro_batches={cuts} data.micro_batch_size={rows // cuts} seed={seed} "
     words += f"{MODELS[model].format(seed=seed)} {VARIANTS[variant]} steps={steps_of(model)} runs_dir={RUNS} run={name}"
     subprocess.run([sys.executable, "train.py", *words.split()], check=True)
