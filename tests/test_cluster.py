@@ -139,7 +139,8 @@ def test_a_killed_process_fails_only_what_it_held(separated: Cluster, side: str)
     late, late_threads = start(separated, 6, 20) if side == "prefill" else ([], [])
     separated.engine(side, 0).kill()
     failed, succeeded = check_fates(streams, threads, f"{side} process 0 that held this request has died")
-    late_failed, _ = check_fates(late, late_threads, "prefill process 0 that held this request has died")
+    # What was being handed over may fail by the broken link before the death is seen; both errors name the process.
+    late_failed, _ = check_fates(late, late_threads, "prefill process 0 ")
     if side == "decode":
         assert failed > 0
         assert succeeded > 0
