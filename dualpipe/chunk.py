@@ -21,6 +21,9 @@ from torch.autograd import graph as autograd_graph
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.lanes import HostLanes, Lanes
+from dualpipe.layout import Layout, layout_of
+from dualpipe.overlap import MESSAGE, Piece
+from dualpipe.schedule import Kind
 from dualpipe.stage import Lane, Pending, Segment, inputs_of, outputs_of
 from dualpipe.wgrad import WeightGradQueue
 
@@ -61,6 +64,21 @@ class _Enter(torch.autograd.Function):
         return None, None, None
 
 
+# `apply` without torch.func's transforms, which it looks for at every call: no segment runs inside one.
+_enter = super(torch.autograd.Function, _Enter).apply
+
+
+def _exit(value: Tensor) -> GradientEdge:
+    """Where the gradient of a result enters its graph.
+
+    A node written in Python does not keep its graph alive, a view of its result does. Called with gradients on.
+    """
+    if isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
+        value = value.view_as(value)
+    node = value.grad_fn
+    return get_gradient_edge(value) if node is None else GradientEdge(node, value.output_nr)
+
+
 def _run_backward(outputs: tuple[GradientEdge, ...], grads: tuple[Tensor, ...]) -> None:
     """`torch.autograd.backward`, whose own checks take as long as a small graph; the engine compares shapes too."""
     run = getattr(autograd_graph, "_engine_run_backward", None)  # torch's own name for it; not a public one
@@ -73,7 +91,7 @@ def _run_backward(outputs: tuple[GradientEdge, ...], grads: tuple[Tensor, ...]) 
 class Chunk:
     """State of one (stage, micro-batch). `key` names it in the weight-gradient queue and in messages.
 
-    `lanes` say how communication runs beside compute (`lanes.py`).
+    `lanes` say how communication runs beside compute (`lanes.py`); `layout` is what is known of such segments.
     """
 
     def __init__(
@@ -84,9 +102,11 @@ class Chunk:
         queue: WeightGradQueue,
         training: bool = True,
         lanes: Lanes | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.key = key
-        self.segments = tuple(segments)
+        self.segments = segments
+        self.layout = layout or layout_of(segments)
         self._queue = queue
         self._training = training
         self._lanes = lanes or HostLanes()
@@ -95,7 +115,17 @@ class Chunk:
         self._graphs: dict[int, _Graph] = {}
         self._pending: dict[str, tuple[int, Pending]] = {}  # value name → the forward that promised it
         self._pending_grads: dict[int, Pending] = {}  # segment → its backward under way
-        self._last_reader = {name: i for i, s in enumerate(self.segments) for name in s.reads}
+
+    def run(self, piece: Piece, send: Callable[[], object]) -> None:
+        """Run a compute piece or start a communication piece; `send` hands over the chunk's result."""
+        if piece.index == MESSAGE:
+            send()
+        elif piece.part is Kind.F:
+            self.forward(piece.index)
+        elif piece.part is Kind.I:
+            self.backward(piece.index)
+        else:
+            self.weights(piece.index)
 
     # -- forward -----------------------------------------------------------------------------------------------
 
@@ -109,7 +139,7 @@ class Chunk:
         else:
             self._lanes.compute(self._label(f"{segment.name}(F)"), lambda: self._compute(index, segment, values))
         for name in segment.reads:
-            if self._last_reader[name] == index:
+            if self.layout.last_reader[name] == index:
                 self._values.pop(name, None)
 
     def _compute(self, index: int, segment: Segment, values: dict[str, Any]) -> None:
@@ -119,14 +149,14 @@ class Chunk:
                 for name, value in values.items():
                     if _differentiable(value):
                         entry = graph.inputs[name] = _Entry()
-                        values[name] = _Enter.apply(_ROOT, value, entry)
+                        values[name] = _enter(_ROOT, value, entry)
             results = segment.work(*values.values())  # type: ignore[operator]
-        results = results if isinstance(results, tuple) else (results,)
-        for name, value in zip(segment.writes, results, strict=True):
-            if self._training and isinstance(value, Tensor) and value.requires_grad:
-                graph.outputs[name] = get_gradient_edge(value)
-                value = value.detach()
-            self._values[name] = value
+            results = results if isinstance(results, tuple) else (results,)
+            for name, value in zip(segment.writes, results, strict=True):
+                if self._training and isinstance(value, Tensor) and value.requires_grad:
+                    graph.outputs[name] = _exit(value)
+                    value = value.detach()
+                self._values[name] = value
         if self._training:
             self._graphs[index] = graph
 
@@ -154,10 +184,8 @@ class Chunk:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The stage's results, taken out of the chunk; waits for them if they are still under way."""
-        written = {name for s in self.segments for name in s.writes}
-        names = tuple(name for name in outputs_of(len(written)) if name in written)
-        values = tuple(self._read(name) for name in names)
-        for name in names:
+        values = tuple([self._read(name) for name in self.layout.outputs])
+        for name in self.layout.outputs:
             del self._values[name]
         return values
 
@@ -171,7 +199,8 @@ class Chunk:
     def backward(self, index: int) -> None:
         """Gradients of the inputs of segment `index` (or start them); weight gradients go to the queue."""
         segment = self.segments[index]
-        self._settle(index)
+        if self._pending_grads:
+            self._settle(index)
         if segment.lane is Lane.COMM:
             grads = [self._grads.pop(name, None) for name in segment.writes]
             begin: Any = segment.work.start_backward  # type: ignore[union-attr]
@@ -181,11 +210,13 @@ class Chunk:
 
     def _compute_inputs(self, index: int) -> None:
         graph = self._graphs.pop(index)
-        named = [(out, self._grads.pop(name)) for name, out in graph.outputs.items() if name in self._grads]
-        if not named:
+        reached = [name for name in graph.outputs if name in self._grads]
+        if not reached:
             return
+        ends = tuple([graph.outputs[name] for name in reached])
+        grads = tuple([self._grads.pop(name) for name in reached])
         with self._queue.record((*self.key, index)):
-            _run_backward(tuple(out for out, _ in named), tuple(grad for _, grad in named))
+            _run_backward(ends, grads)
         for name, entry in graph.inputs.items():
             self._add_grad(name, entry.grad)
 
@@ -198,7 +229,7 @@ class Chunk:
         """The gradients of `in0`…, once every segment's backward has run; None where nothing depends on the input."""
         for index in tuple(self._pending_grads):
             self._finish(index)
-        return tuple(self._grads.pop(name, None) for name in inputs_of(count))
+        return tuple([self._grads.pop(name, None) for name in inputs_of(count)])
 
     def _settle(self, index: int) -> None:
         """Finish the backwards that contribute to the gradients of what segment `index` wrote."""

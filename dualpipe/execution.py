@@ -7,9 +7,9 @@ not wait for the gradient of its backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from dualpipe.chunk import Chunk
 from dualpipe.clock import Clock
 from dualpipe.lanes import Lanes
+from dualpipe.layout import Layout, Layouts
 from dualpipe.messages import Cargo, Message, plan_messages
-from dualpipe.overlap import Side, backward_order, forward_order, pair_order, run_piece, weight_order
+from dualpipe.overlap import Side
 from dualpipe.p2p import Transport
 from dualpipe.schedule import Action, Kind, Schedule, Step, parts
 from dualpipe.stage import Segment, Stage, TensorSpec
@@ -57,12 +58,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Mode:
-    """One rank's row ready to run, for training or forward only."""
+    """One rank's row ready to run, for training or forward only. `place` is where a step stands in the row."""
 
     schedule: Schedule
     row: tuple[Step, ...]
-    tasks: Mapping[Step, Task]
+    tasks: tuple[Task, ...]
     training: bool
+
+    @cached_property
+    def place(self) -> dict[Step, int]:
+        return {step: index for index, step in enumerate(self.row)}
+
+    def tasks_of(self, row: tuple[Step, ...]) -> Sequence[Task]:
+        """The tasks of the row's steps in another order."""
+        return self.tasks if row is self.row else [self.tasks[self.place[step]] for step in row]
 
 
 def make_mode(schedule: Schedule, rank: int, training: bool) -> Mode:
@@ -80,15 +89,8 @@ def make_mode(schedule: Schedule, rank: int, training: bool) -> Mode:
         )
 
     row = schedule.steps[rank]
-    tasks = {s: Task(s, plan.posts.get(s, ()), tuple(map(part, parts(s))), plan.releases.get(s, ())) for s in row}
-    return Mode(schedule, row, tasks, training)
-
-
-inputs_order = partial(backward_order, weights=False)
-
-
-def _nothing() -> None:
-    pass
+    tasks = [Task(s, plan.posts.get(s, ()), tuple(map(part, parts(s))), plan.releases.get(s, ())) for s in row]
+    return Mode(schedule, row, tuple(tasks), training)
 
 
 class Lap:
@@ -103,22 +105,14 @@ class Lap:
 
 @dataclass(frozen=True)
 class Tools:
-    """What all passes of a runtime share.
-
-    orders   orders of pieces, kept by the segments that they are for: those of a stage are alike every time
-    """
+    """What all passes of a runtime share."""
 
     queue: WeightGradQueue
     overlap: bool
     device: torch.device
     clock: Clock
     lanes: Lanes
-    orders: dict[Any, Any] = field(default_factory=dict)
-
-    def order(self, make: Callable[..., Any], *chunks: Sequence[Segment]) -> Any:
-        """make(*chunks), remembered. The order depends on names, lanes, reads and writes alone."""
-        key = (make, *((s.name, s.lane, s.reads, s.writes, s.has_backward) for c in chunks for s in c), len(chunks[0]))
-        return self.orders.get(key) or self.orders.setdefault(key, make(*chunks))
+    layouts: Layouts = field(default_factory=Layouts)
 
 
 class Pass:
@@ -150,12 +144,13 @@ class Pass:
             self._transport.post(message, self._spec(message))
         lap = Lap(task.step, self._clock.mark())
         self.laps.append(lap)
-        first, *second = task.parts
-        if second:
-            self._pair(first, *second)
-        elif first.action.kind is Kind.F:
+        first = task.parts[0]
+        kind = first.action.kind
+        if len(task.parts) > 1:
+            self._pair(*task.parts)
+        elif kind is Kind.F:
             self._forward(first)
-        elif first.action.kind is Kind.W:
+        elif kind is Kind.W:
             self._weights(first)
         else:
             self._backward(first)
@@ -167,26 +162,25 @@ class Pass:
 
     def _forward(self, part: Part) -> None:
         segments = self._segments(part)
-        order = self._tools.order(forward_order, segments)  # before its message is waited for
-        chunk = self._open(part, segments)
-        for piece in order:
-            run_piece(chunk, piece, lambda: self._send_outputs(part, chunk))
+        layout = self._tools.layouts.of(segments)  # before its message is waited for
+        chunk = self._open(part, segments, layout)
+        for piece in layout.forward:
+            chunk.run(piece, lambda: self._send_outputs(part, chunk))
         if not self._training:
             self._drop(part)
 
     def _backward(self, part: Part) -> None:
         whole = part.action.kind is Kind.B
-        order = self._tools.order(backward_order if whole else inputs_order, self._chunks[part.key].segments)
         chunk = self._turn(part)
-        for piece in order:
-            run_piece(chunk, piece, lambda: self._send_gradients(part, chunk))
+        for piece in chunk.layout.backward if whole else chunk.layout.inputs:
+            chunk.run(piece, lambda: self._send_gradients(part, chunk))
         if whole:
             self._drop(part)
 
     def _weights(self, part: Part) -> None:
         chunk = self._chunks[part.key]
-        for piece in self._tools.order(weight_order, chunk.segments):
-            run_piece(chunk, piece, _nothing)
+        for piece in chunk.layout.weights:
+            chunk.weights(piece.index)
         self._drop(part)
 
     def _pair(self, forward: Part, backward: Part) -> None:
@@ -195,23 +189,24 @@ class Pass:
             self._backward(backward)
             return
         segments = self._segments(forward)
+        layout = self._tools.layouts.of(segments)
         opened: Chunk | None = None
         turned: Chunk | None = None
-        for side, piece in self._tools.order(pair_order, segments, self._chunks[backward.key].segments):
+        for side, piece in self._tools.layouts.pair(layout, self._chunks[backward.key].layout):
             if side is Side.BACKWARD:
                 turned = turned or self._turn(backward)  # only now are its messages waited for
-                run_piece(turned, piece, partial(self._send_gradients, backward, turned))
+                turned.run(piece, partial(self._send_gradients, backward, turned))
             else:
-                opened = opened or self._open(forward, segments)
-                run_piece(opened, piece, partial(self._send_outputs, forward, opened))
+                opened = opened or self._open(forward, segments, layout)
+                opened.run(piece, partial(self._send_outputs, forward, opened))
         self._drop(backward)
 
     # -- where chunks begin and end ----------------------------------------------------------------------------
 
-    def _open(self, part: Part, segments: Sequence[Segment]) -> Chunk:
+    def _open(self, part: Part, segments: Sequence[Segment], layout: Layout) -> Chunk:
         """Make the chunk of a forward, with its inputs."""
         inputs = self._take(part) if part.action.stage > 0 else ()
-        chunk = Chunk(part.key, segments, inputs, self._tools.queue, self._training, self._tools.lanes)
+        chunk = Chunk(part.key, segments, inputs, self._tools.queue, self._training, self._tools.lanes, layout)
         self._chunks[part.key] = chunk
         self.peak_activations = max(self.peak_activations, len(self._chunks))
         return chunk
@@ -232,7 +227,7 @@ class Pass:
             return chunk
         specs = self._stages[part.action.stage].output_spec(self._micro_batches[part.action.micro_batch])
         received = iter(self._take(part))
-        chunk.seed(tuple(next(received) if spec.has_gradient else None for spec in specs))
+        chunk.seed([next(received) if spec.has_gradient else None for spec in specs])
         return chunk
 
     def _send_gradients(self, part: Part, chunk: Chunk) -> None:
@@ -241,7 +236,7 @@ class Pass:
             return
         specs = self._stages[part.action.stage].input_spec(self._micro_batches[part.action.micro_batch])
         pairs = zip(chunk.input_grads(len(specs)), specs, strict=True)
-        self._give(part, tuple(self._full(grad, spec) for grad, spec in pairs if spec.has_gradient))
+        self._give(part, tuple([self._full(grad, spec) for grad, spec in pairs if spec.has_gradient]))
 
     def _full(self, grad: Tensor | None, spec: TensorSpec) -> Tensor:
         return torch.zeros(spec.shape, dtype=spec.dtype, device=self._tools.device) if grad is None else grad

@@ -23,6 +23,8 @@ def fill_idle(row: Sequence[Step], idle: Mapping[Step, float], weights: Mapping[
     idle[step]       how long the rank has nothing to do before a step (missing: not at all)
     weights[stage]   how long a W of a stage takes
     """
+    if max(idle.values(), default=0.0) < min(weights.values(), default=math.inf):
+        return tuple(row)  # nothing fits anywhere
     queue = _weights_in_order(row)
     moved: set[Step] = set()
     begun: set[tuple[int, int]] = set()

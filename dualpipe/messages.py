@@ -95,11 +95,13 @@ def plan_messages(schedule: Schedule, rank: int, look_ahead: int = 3, batch: int
     batch        receives are posted for so many steps at once: several in a row cost little more than one
     """
     actions = tuple(schedule.actions(rank))
+    posts, releases = _posts(schedule, rank, look_ahead, batch), _releases(schedule, rank)
+    same = {m: m for group in (*posts.values(), *releases.values()) for m in group}  # found by identity, not by fields
     return RankPlan(
-        incoming={a: m for a in actions if (m := incoming(schedule, a)) is not None},
-        outgoing={a: m for a in actions if (m := outgoing(schedule, a)) is not None},
-        posts=_posts(schedule, rank, look_ahead, batch),
-        releases=_releases(schedule, rank),
+        incoming={a: same.get(m, m) for a in actions if (m := incoming(schedule, a)) is not None},
+        outgoing={a: same.get(m, m) for a in actions if (m := outgoing(schedule, a)) is not None},
+        posts=posts,
+        releases=releases,
     )
 
 

@@ -20,12 +20,11 @@ overlap on and off. That is why gradients are bit-equal either way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
 
-from dualpipe.chunk import Chunk
 from dualpipe.schedule import Kind
 from dualpipe.stage import Lane, Segment
 
@@ -147,8 +146,13 @@ def beats(order: Sequence[Piece]) -> list[list[Piece]]:
 
 def pair_order(forward: Sequence[Segment], backward: Sequence[Segment]) -> list[Paired]:
     """The pieces of a pair: the beats of the backward chunk and of the forward chunk in turn."""
-    ours = [[(Side.FORWARD, p) for p in beat] for beat in beats(forward_order(forward))]
-    theirs = [[(Side.BACKWARD, p) for p in beat] for beat in beats(backward_order(backward))]
+    return in_turn(forward_order(forward), backward_order(backward))
+
+
+def in_turn(forward: Sequence[Piece], backward: Sequence[Piece]) -> list[Paired]:
+    """The beats of two orders in turn, the backward's first."""
+    ours = [[(Side.FORWARD, p) for p in beat] for beat in beats(forward)]
+    theirs = [[(Side.BACKWARD, p) for p in beat] for beat in beats(backward)]
     nothing: list[Paired] = []
     return [piece for turn in zip_longest(theirs, ours, fillvalue=nothing) for beat in turn for piece in beat]
 
@@ -162,15 +166,3 @@ def two_lanes(order: Iterable[Paired]) -> str:
         here.append(text)
         there.append(" " * len(text))
     return "\n".join(f"{lane:8} {'  '.join(cells).rstrip()}" for lane, cells in lanes.items())
-
-
-def run_piece(chunk: Chunk, piece: Piece, send: Callable[[], None]) -> None:
-    """Run a compute piece or start a communication piece; `send` hands over the chunk's result."""
-    if piece.is_message:
-        send()
-    elif piece.part is Kind.F:
-        chunk.forward(piece.index)
-    elif piece.part is Kind.I:
-        chunk.backward(piece.index)
-    else:
-        chunk.weights(piece.index)

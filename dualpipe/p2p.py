@@ -165,7 +165,10 @@ class P2P:
         self._courier.hand(self._post, message, specs)
 
     def receive(self, message: Message) -> tuple[Tensor, ...]:
-        received = self._started(self._receives, message)
+        received = self._receives.pop(message, None)
+        if received is None:  # the courier has not come to it yet
+            self._courier.settle()
+            received = self._receives.pop(message)
         self._complete(message, received, message.source)
         return tuple([tensor for tensor, _ in received])
 
@@ -173,12 +176,12 @@ class P2P:
         self._courier.hand(self._send, message, tensors)
 
     def release(self, message: Message) -> None:
-        self._complete(message, self._started(self._sends, message), message.destination)
+        self._courier.hand(self._release, message)
 
     def finish(self) -> None:
         self._courier.settle()
         for message in tuple(self._sends):
-            self.release(message)
+            self._release(message)
 
     def abandon(self) -> None:
         self._courier.stop()
@@ -203,11 +206,8 @@ class P2P:
         except RuntimeError as error:
             raise self._lost(message, message.destination, error) from error
 
-    def _started(self, table: dict[Message, Parts], message: Message) -> Parts:
-        """A message's operations; waits for the courier if it has not come to them yet."""
-        if message not in table:
-            self._courier.settle()
-        return table.pop(message)
+    def _release(self, message: Message) -> None:
+        self._complete(message, self._sends.pop(message), message.destination)
 
     def report(self, text: str) -> None:
         """Written into the store of the process group, which outlives the rank (unless the store is its own)."""

@@ -109,12 +109,12 @@ class Runtime:
         `on_stage_done(stage)` is called as soon as the stage's last weight gradient has been added, while others may
         still be at work: its gradients are final.
         """
-        row: Sequence[Step] = self._training.row
+        row = self._training.row
         if self._fill:
             row = fill_idle(row, self._meter.idle, self._meter.weights)
         done = self._run(self._training, row, micro_batches, on_stage_done)
         self.peak_activations = done.peak_activations
-        self._measure(row, done.laps)
+        self._measure(done.laps)
         return done.losses
 
     def evaluate(self, micro_batches: Sequence[Any]) -> dict[int, Tensor]:
@@ -125,7 +125,7 @@ class Runtime:
     def _run(
         self,
         mode: Mode,
-        row: Sequence[Step],
+        row: tuple[Step, ...],
         micro_batches: Sequence[Any],
         on_stage_done: Callable[[int], None] | None = None,
     ) -> Pass:
@@ -133,7 +133,7 @@ class Runtime:
         if len(micro_batches) != expected:
             raise ValueError(f"{mode.schedule.name} was made for {expected} micro-batches; got {len(micro_batches)}")
         run = Pass(mode, self._stages, micro_batches, self._transport, self._tools)
-        tasks = [mode.tasks[step] for step in row]
+        tasks = mode.tasks_of(row)
         final = final_stages(row) if on_stage_done is not None else {}
         task: Task | None = None
         try:
@@ -161,16 +161,16 @@ class Runtime:
         told = "".join(f"\nwhat another rank reported: {report.rstrip()}" for report in reports)
         return PipelineError(f"{what}: {error}{told}")
 
-    def _measure(self, row: Sequence[Step], laps: Sequence[Lap]) -> None:
+    def _measure(self, laps: Sequence[Lap]) -> None:
         """Tell the meter how long everything took, and leave the spans."""
         self.spans = []
         self.busy_seconds = 0.0
         if not (self._fill or self.record):
             return
-        place = {step: index for index, step in enumerate(self._training.row)}
+        place, seconds = self._training.place, self._tools.clock.seconds
         for index, lap in enumerate(laps):
-            waited = sum(self._tools.clock.seconds(begin, end) for _, begin, end in lap.waits)
-            took = self._tools.clock.seconds(lap.start, lap.end) - waited
+            waited = sum([seconds(begin, end) for _, begin, end in lap.waits])
+            took = seconds(lap.start, lap.end) - waited
             self.busy_seconds += took
             self._meter.note(lap.step, waited, took, early=index < place[lap.step])
             if self.record:

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class CommOp(Protocol):
     def start_backward(self) -> Callable[..., Pending] | None: ...
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """name (unique in its stage), lane, the values that it reads and writes, and its work."""
 
     name: str
@@ -86,11 +86,13 @@ def communicate(name: str, reads: Sequence[str], writes: Sequence[str], op: Comm
     return Segment(name, Lane.COMM, tuple(reads), tuple(writes), op)
 
 
+@cache
 def inputs_of(count: int) -> tuple[str, ...]:
     """The names under which a stage's first segments find what came from the previous stage."""
     return tuple(f"in{i}" for i in range(count))
 
 
+@cache
 def outputs_of(count: int) -> tuple[str, ...]:
     """The names under which a stage leaves what goes to the next one; the last stage leaves its loss in `out0`."""
     return tuple(f"out{i}" for i in range(count))

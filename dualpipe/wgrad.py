@@ -14,8 +14,7 @@ blocks a second time in W; an explicit queue never computes anything twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 
 Closure = Callable[[], None]
 
@@ -27,18 +26,9 @@ class WeightGradQueue:
         self._closures: dict[Hashable, list[Closure]] = {}
         self._recording: list[Closure] | None = None
 
-    @contextmanager
-    def record(self, key: Hashable) -> Iterator[None]:
+    def record(self, key: Hashable) -> Recording:
         """Keep what is put inside the `with` block under `key`, which must be free."""
-        if key in self._closures:
-            raise RuntimeError(f"weight gradients of {key} are already waiting; they must run before new ones")
-        outer, self._recording = self._recording, []
-        try:
-            yield
-            if self._recording:
-                self._closures[key] = self._recording
-        finally:
-            self._recording = outer
+        return Recording(self, key)
 
     def put(self, closure: Closure) -> None:
         """Keep the closure under the key that records, or run it now if none does."""
@@ -59,3 +49,25 @@ class WeightGradQueue:
 
     def __len__(self) -> int:
         return len(self._closures)
+
+
+class Recording:
+    """The `with` block of `WeightGradQueue.record`. If it raises, what was put inside is forgotten."""
+
+    __slots__ = ("_key", "_outer", "_queue")
+
+    def __init__(self, queue: WeightGradQueue, key: Hashable) -> None:
+        self._queue, self._key = queue, key
+        self._outer: list[Closure] | None = None
+
+    def __enter__(self) -> None:
+        queue = self._queue
+        if self._key in queue._closures:
+            raise RuntimeError(f"weight gradients of {self._key} are already waiting; they must run before new ones")
+        self._outer, queue._recording = queue._recording, []
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        queue = self._queue
+        if kind is None and queue._recording:
+            queue._closures[self._key] = queue._recording
+        queue._recording = self._outer

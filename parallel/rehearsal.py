@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from dualpipe.chunk import Chunk
-from dualpipe.overlap import Piece, backward_order, forward_order, run_piece, weight_order
+from dualpipe.overlap import Piece, backward_order, forward_order, weight_order
 from dualpipe.schedule import Kind, Step, parts
 from dualpipe.wgrad import WeightGradQueue
 from model.batch import MicroBatch
@@ -113,7 +113,7 @@ def _run(
 
     def run(chunk: Chunk, order: Sequence[Piece], send: Callable[[], object]) -> None:
         for piece in order:
-            run_piece(chunk, piece, send)  # type: ignore[arg-type]
+            chunk.run(piece, send)
         phases.append(Phase(accountant.peak - began, accountant.live - began, accountant.flops))
         accountant.restart()
 

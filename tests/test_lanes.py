@@ -9,7 +9,7 @@ import torch
 from dualpipe.chunk import Chunk
 from dualpipe.clock import HostClock
 from dualpipe.lanes import HostLanes, RecordingLanes, SerialLanes, StreamLanes, lanes_for
-from dualpipe.overlap import backward_order, forward_order, run_piece
+from dualpipe.overlap import backward_order, forward_order
 from dualpipe.stage import Lane, communicate, compute
 from dualpipe.wgrad import WeightGradQueue
 
@@ -56,11 +56,11 @@ def run(lanes: Any, log: list[str]) -> torch.Tensor:
     ]
     chunk = Chunk((0, 0), segments, (torch.ones(1),), WeightGradQueue(), True, lanes)
     for piece in forward_order(segments):
-        run_piece(chunk, piece, lambda: log.append("send"))
+        chunk.run(piece, lambda: log.append("send"))
     (out,) = chunk.outputs()
     chunk.seed((torch.ones(1),))
     for piece in backward_order(segments):
-        run_piece(chunk, piece, lambda: None)
+        chunk.run(piece, lambda: None)
     assert out.item() == 2 + 16
     (grad,) = chunk.input_grads(1)
     assert grad.item() == 1 + 2 * 2 * 4

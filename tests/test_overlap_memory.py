@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualpipe.chunk import Chunk
 from dualpipe.lanes import HostLanes, SerialLanes
-from dualpipe.overlap import Side, backward_order, forward_order, pair_order, run_piece, weight_order
+from dualpipe.overlap import Side, backward_order, forward_order, pair_order, weight_order
 from dualpipe.schedules import make_schedule
 from model.precision import CastPrecision
 from parallel.build import BuildOptions, build_replica
@@ -73,14 +73,14 @@ class Workbench:
     def forward(self, number: int, lanes: Any) -> Chunk:
         chunk = self.open(number, lanes)
         for piece in forward_order(chunk.segments):
-            run_piece(chunk, piece, chunk.outputs)
+            chunk.run(piece, chunk.outputs)
         return chunk
 
     @torch.no_grad()
     def backward(self, chunk: Chunk, weights: bool = True) -> None:
         seed(chunk)
         for piece in backward_order(chunk.segments, weights):
-            run_piece(chunk, piece, lambda: None)
+            chunk.run(piece, lambda: None)
 
 
 def seed(chunk: Chunk) -> None:
@@ -108,7 +108,7 @@ def test_a_pair_holds_no_more_than_its_two_chunks() -> None:
         seed(backward)
         chunks = {Side.FORWARD: forward, Side.BACKWARD: backward}
         for side, piece in pair_order(forward.segments, backward.segments):
-            run_piece(chunks[side], piece, forward.outputs if side is Side.FORWARD else lambda: None)
+            chunks[side].run(piece, forward.outputs if side is Side.FORWARD else lambda: None)
     assert activation > 0
     print(f"activation {activation}, working {working}, F then B {serial.peak}, pair {pair.peak}")
     assert pair.peak <= 2 * activation + 2 * working
@@ -128,12 +128,12 @@ def test_weights_computes_its_products_and_recomputes_nothing(recompute: bool) -
     assert not any(p.grad.count_nonzero() for p in matrices), "a weight gradient was computed in I"  # type: ignore[union-attr]
     with LiveBytes() as weights, torch.no_grad():
         for piece in weight_order(chunk.segments):
-            run_piece(chunk, piece, lambda: None)
+            chunk.run(piece, lambda: None)
     assert not {op for op in RECOMPUTED if weights.calls[op]}, weights.calls
     assert sum(weights.calls[op] for op in PRODUCTS) >= len(matrices) - 1  # the embedding has none
     with LiveBytes() as again, torch.no_grad():
         for piece in weight_order(chunk.segments):
-            run_piece(chunk, piece, lambda: None)
+            chunk.run(piece, lambda: None)
     assert not again.calls, "W ran twice"
 
 
@@ -148,7 +148,7 @@ def test_split_and_whole_backward_compute_the_same_products(recompute: bool) -> 
             bench.backward(chunk, weights)
             if not weights:
                 for piece in weight_order(chunk.segments):
-                    run_piece(chunk, piece, lambda: None)
+                    chunk.run(piece, lambda: None)
         counts.append({op: counted.calls[op] for op in (*PRODUCTS, *RECOMPUTED)})
     assert counts[0] == counts[1]
     assert counts[0]["rsqrt"] > 0, "RMSNorm is recomputed in the backward"
