@@ -21,7 +21,7 @@ from torch.autograd import graph as autograd_graph
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.lanes import HostLanes, Lanes
-from dualpipe.layout import Layout, layout_of
+from dualpipe.outline import Outline, outline_of
 from dualpipe.overlap import MESSAGE, Piece
 from dualpipe.schedule import Kind
 from dualpipe.stage import Lane, Pending, Segment, inputs_of, outputs_of
@@ -91,7 +91,7 @@ def _run_backward(outputs: tuple[GradientEdge, ...], grads: tuple[Tensor, ...]) 
 class Chunk:
     """State of one (stage, micro-batch). `key` names it in the weight-gradient queue and in messages.
 
-    `lanes` say how communication runs beside compute (`lanes.py`); `layout` is what is known of such segments.
+    `lanes` say how communication runs beside compute (`lanes.py`); `outline` is what is known of such segments.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class Chunk:
         queue: WeightGradQueue,
         training: bool = True,
         lanes: Lanes | None = None,
-        layout: Layout | None = None,
+        outline: Outline | None = None,
     ) -> None:
         self.key = key
         self.segments = segments
-        self.layout = layout or layout_of(segments)
+        self.outline = outline or outline_of(segments)
         self._queue = queue
         self._training = training
         self._lanes = lanes or HostLanes()
@@ -139,7 +139,7 @@ class Chunk:
         else:
             self._lanes.compute(self._label(f"{segment.name}(F)"), lambda: self._compute(index, segment, values))
         for name in segment.reads:
-            if self.layout.last_reader[name] == index:
+            if self.outline.last_reader[name] == index:
                 self._values.pop(name, None)
 
     def _compute(self, index: int, segment: Segment, values: dict[str, Any]) -> None:
@@ -184,8 +184,8 @@ class Chunk:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The stage's results, taken out of the chunk; waits for them if they are still under way."""
-        values = tuple([self._read(name) for name in self.layout.outputs])
-        for name in self.layout.outputs:
+        values = tuple([self._read(name) for name in self.outline.outputs])
+        for name in self.outline.outputs:
             del self._values[name]
         return values
 

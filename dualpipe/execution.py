@@ -18,8 +18,8 @@ from torch import Tensor
 from dualpipe.chunk import Chunk
 from dualpipe.clock import Clock
 from dualpipe.lanes import Lanes
-from dualpipe.layout import Layout, Layouts
 from dualpipe.messages import Cargo, Message, plan_messages
+from dualpipe.outline import Outline, Outlines
 from dualpipe.overlap import Side
 from dualpipe.p2p import Transport
 from dualpipe.schedule import Action, Kind, Schedule, Step, parts
@@ -112,7 +112,7 @@ class Tools:
     device: torch.device
     clock: Clock
     lanes: Lanes
-    layouts: Layouts = field(default_factory=Layouts)
+    outlines: Outlines = field(default_factory=Outlines)
 
 
 class Pass:
@@ -162,9 +162,9 @@ class Pass:
 
     def _forward(self, part: Part) -> None:
         segments = self._segments(part)
-        layout = self._tools.layouts.of(segments)  # before its message is waited for
-        chunk = self._open(part, segments, layout)
-        for piece in layout.forward:
+        outline = self._tools.outlines.of(segments)  # before its message is waited for
+        chunk = self._open(part, segments, outline)
+        for piece in outline.forward:
             chunk.run(piece, lambda: self._send_outputs(part, chunk))
         if not self._training:
             self._drop(part)
@@ -172,14 +172,14 @@ class Pass:
     def _backward(self, part: Part) -> None:
         whole = part.action.kind is Kind.B
         chunk = self._turn(part)
-        for piece in chunk.layout.backward if whole else chunk.layout.inputs:
+        for piece in chunk.outline.backward if whole else chunk.outline.inputs:
             chunk.run(piece, lambda: self._send_gradients(part, chunk))
         if whole:
             self._drop(part)
 
     def _weights(self, part: Part) -> None:
         chunk = self._chunks[part.key]
-        for piece in chunk.layout.weights:
+        for piece in chunk.outline.weights:
             chunk.weights(piece.index)
         self._drop(part)
 
@@ -189,24 +189,24 @@ class Pass:
             self._backward(backward)
             return
         segments = self._segments(forward)
-        layout = self._tools.layouts.of(segments)
+        outline = self._tools.outlines.of(segments)
         opened: Chunk | None = None
         turned: Chunk | None = None
-        for side, piece in self._tools.layouts.pair(layout, self._chunks[backward.key].layout):
+        for side, piece in self._tools.outlines.pair(outline, self._chunks[backward.key].outline):
             if side is Side.BACKWARD:
                 turned = turned or self._turn(backward)  # only now are its messages waited for
                 turned.run(piece, partial(self._send_gradients, backward, turned))
             else:
-                opened = opened or self._open(forward, segments, layout)
+                opened = opened or self._open(forward, segments, outline)
                 opened.run(piece, partial(self._send_outputs, forward, opened))
         self._drop(backward)
 
     # -- where chunks begin and end ----------------------------------------------------------------------------
 
-    def _open(self, part: Part, segments: Sequence[Segment], layout: Layout) -> Chunk:
+    def _open(self, part: Part, segments: Sequence[Segment], outline: Outline) -> Chunk:
         """Make the chunk of a forward, with its inputs."""
         inputs = self._take(part) if part.action.stage > 0 else ()
-        chunk = Chunk(part.key, segments, inputs, self._tools.queue, self._training, self._tools.lanes, layout)
+        chunk = Chunk(part.key, segments, inputs, self._tools.queue, self._training, self._tools.lanes, outline)
         self._chunks[part.key] = chunk
         self.peak_activations = max(self.peak_activations, len(self._chunks))
         return chunk

@@ -15,7 +15,7 @@ from dualpipe.stage import Segment, outputs_of
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Outline:
     """One stage's segments without their work.
 
     forward, backward, inputs, weights   the pieces of F, B, I and W, in the order in which they run
@@ -31,9 +31,9 @@ class Layout:
     last_reader: Mapping[str, int]
 
 
-def layout_of(segments: Sequence[Segment]) -> Layout:
+def outline_of(segments: Sequence[Segment]) -> Outline:
     written = {name for segment in segments for name in segment.writes}
-    return Layout(
+    return Outline(
         forward=tuple(forward_order(segments)),
         backward=tuple(backward_order(segments)),
         inputs=tuple(backward_order(segments, weights=False)),
@@ -43,21 +43,21 @@ def layout_of(segments: Sequence[Segment]) -> Layout:
     )
 
 
-class Layouts:
-    """The layouts that have been found, and the orders of their pairs."""
+class Outlines:
+    """The outlines that have been found, and the orders of their pairs."""
 
     def __init__(self) -> None:
-        self._layouts: dict[tuple[object, ...], Layout] = {}
-        self._pairs: dict[tuple[Layout, Layout], list[Paired]] = {}
+        self._outlines: dict[tuple[object, ...], Outline] = {}
+        self._pairs: dict[tuple[Outline, Outline], list[Paired]] = {}
 
-    def of(self, segments: Sequence[Segment]) -> Layout:
+    def of(self, segments: Sequence[Segment]) -> Outline:
         key = tuple([(s.name, s.lane, s.reads, s.writes, s.has_backward) for s in segments])
-        found = self._layouts.get(key)
+        found = self._outlines.get(key)
         if found is None:
-            found = self._layouts[key] = layout_of(segments)
+            found = self._outlines[key] = outline_of(segments)
         return found
 
-    def pair(self, forward: Layout, backward: Layout) -> list[Paired]:
+    def pair(self, forward: Outline, backward: Outline) -> list[Paired]:
         """The pieces of a forward and a backward that run at once."""
         found = self._pairs.get((forward, backward))
         if found is None:
