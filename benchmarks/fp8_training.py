@@ -38,7 +38,7 @@ COMMON = (
     "data.val_fraction=0.3 optim.lr=2.2e-4 optim.lr_final=2.2e-5 optim.warmup_steps=100 optim.moments=bf16 "
     "eval_every=500 eval_batches=64 save_every=1000"
 )
-LATER = "optim.lr=1e-4 optim.lr_final=1e-5 seed=10 init_from=runs/fp8_training"
+LATER = "optim.lr=1e-4 optim.lr_final=1e-5 seed=1{seed} init_from=runs/fp8_training"
 MODELS = {
     "tiny": "model=tiny",
     "wider": "model=small model.num_layers=5 model.num_experts=8 model.num_groups=4 model.num_heads=4 "
@@ -47,7 +47,7 @@ MODELS = {
 ROWS = {"tiny": 4, "wider": 2}  # sequences in a step
 SAME = "optim.lr=1e-12 optim.lr_final=1e-12 optim.warmup_steps=0 eval_every=1 init_from=runs/fp8_training"  # one step
 MODELS |= {
-    **{f"{name}_later": f"{words} {LATER}/{name}-bf16-0" for name, words in MODELS.items()},
+    **{f"{name}_later": f"{words} {LATER}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
     **{f"{name}_long": words for name, words in MODELS.items()},
     **{f"{name}_batch": words for name, words in MODELS.items()},
     **{f"{name}_same": f"{words} {SAME}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
