@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from dualpipe.__main__ import main
+from dualpipe.outline import Outlines
 from dualpipe.overlap import (
     Paired,
     Piece,
@@ -187,3 +188,25 @@ def test_the_command_prints_and_draws_the_order(tmp_path: Path, capsys: pytest.C
     assert "dispatch" in drawn
     assert main(["pair", "--forward", "mx"]) == 2
     assert "dense" in capsys.readouterr().err
+
+
+def test_outlines_are_found_once_and_hold_the_orders_of_any_segments_like_these() -> None:
+    outlines = Outlines()
+    segments = stage("dm")
+    outline = outlines.of(segments)
+    assert outlines.of(stage("dm")) is outline  # made anew, as for another micro-batch
+    assert list(outline.forward) == forward_order(segments)
+    assert list(outline.backward) == backward_order(segments)
+    assert list(outline.inputs) == backward_order(segments, weights=False)
+    assert list(outline.weights) == weight_order(segments)
+    longer = outlines.of(stage("mmm"))
+    assert longer is not outline
+    assert outlines.pair(longer, outline) == pair_order(stage("mmm"), segments)
+    assert outlines.pair(outline, longer) == pair_order(segments, stage("mmm"))
+
+
+def test_segments_that_read_something_else_have_another_outline() -> None:
+    outlines = Outlines()
+    first, *rest = segments = stage("dm")
+    renamed = [first._replace(writes=("elsewhere",)), *rest]
+    assert outlines.of(renamed) is not outlines.of(segments)
