@@ -17,6 +17,9 @@ PyTorch's makespan is held against its own order of actions.
 Ours sends a gradient as soon as I is over and may so be faster than the published makespan; `early` is a simulation
 that does the same. Only the seconds compare the two runtimes.
 
+A third peer is the least that could run these orders: a bare loop without autograd, in which a rank sleeps, sends and
+waits, with receives posted as early as ours. What it takes is the emulated device, the messages and a cold processor.
+
 The second table adds a delay to every message inside the emulated link, and compares with the simulator's prediction.
 """
 
@@ -40,10 +43,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 from benchmarks.report import Row, publish
 from dualpipe.costs import Costs
 from dualpipe.csvio import read_csv
-from dualpipe.messages import Message
+from dualpipe.messages import Message, plan_messages
 from dualpipe.p2p import P2P, Links
 from dualpipe.runtime import Runtime
-from dualpipe.schedule import Schedule
+from dualpipe.schedule import Kind, Schedule, parts
 from dualpipe.schedules import make_schedule
 from dualpipe.simulator import simulate
 from dualpipe.stage import Segment, TensorSpec, compute
@@ -167,6 +170,7 @@ def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
     for name in plan.schedules:
         schedule = make_schedule(name, world, plan.micro_batches)
         runs = {("ours", name): our_step(schedule, rank, links, plan, 0.0)}
+        runs["bare", name] = bare_step(schedule, rank, links, plan)
         if name in PYTORCH:
             runs["pytorch", name], result["orders"][name] = pytorch_step(name, rank, world, plan)
         if plan.delay:
@@ -222,6 +226,37 @@ def our_step(schedule: Schedule, rank: int, links: Links, plan: Plan, delay: flo
     return partial(runtime.step, [torch.zeros(SHAPE) for _ in range(plan.micro_batches)])
 
 
+def bare_step(schedule: Schedule, rank: int, links: Links, plan: Plan) -> Callable[[], object]:
+    """A rank's row with nothing around it: sleeps, and messages handed to gloo by the thread that sleeps."""
+    messages = plan_messages(schedule, rank)
+    order = [  # a pair runs its backward first, as ours does
+        (action, messages.incoming.get(action), messages.outgoing.get(action), messages.posts.get(step, ()) * first)
+        for step in schedule.steps[rank]
+        for action, first in zip(reversed(parts(step)), (1, 0), strict=False)
+    ]
+    group, tags = next(iter(links.groups.values())), links.tags
+    payload = torch.zeros(SHAPE)
+
+    def run() -> None:
+        receives, sends = {}, []
+        for action, incoming, outgoing, posts in order:
+            for m in posts:
+                tag = tags.of(m.micro_batch, m.stage, m.cargo)
+                receives[m] = group.recv([torch.empty(SHAPE)], m.source, tag)
+            if incoming is not None:
+                receives.pop(incoming).wait()
+            work(plan.unit)
+            if outgoing is not None:
+                tag = tags.of(outgoing.micro_batch, outgoing.stage, outgoing.cargo)
+                sends.append(group.send([payload], outgoing.destination, tag))
+            if action.kind is Kind.B:
+                work(plan.unit)
+        for send in sends:
+            send.wait()
+
+    return run
+
+
 def pytorch_step(name: str, rank: int, world: int, plan: Plan) -> tuple[Callable[[], object], str]:
     """A step of PyTorch's schedule on the same stages, and its order of actions as CSV."""
     last = 2 * world - 1 if name != "one_f_one_b" else world - 1
@@ -253,11 +288,10 @@ def evaluate(world: int, plan: Plan) -> list[Row]:
         Row(case, "s/step", alone, "as long as sleeps last", 3 * plan.micro_batches * lasts),
         Row(f"{case}, without sleeps", "s/step", warm, "with sleeps", alone),
     ]
-    for (who, name), times in results[0]["times"].items():
-        if who in ("alone", "warm"):
+    for who, name in results[0]["times"]:
+        if who in ("alone", "warm", "bare"):
             continue
-        columns = [r["times"][who, name] for r in results]
-        spans = [max(c[i][1] for c in columns) - min(c[i][0] for c in columns) for i in range(len(times))]
+        spans = whole(results, (who, name))
         median = statistics.median(spans)
         schedule = make_schedule(name, world, plan.micro_batches)
         if who == "pytorch" and results[0]["orders"][name]:
@@ -271,7 +305,16 @@ def evaluate(world: int, plan: Plan) -> list[Row]:
                 theory = simulate(schedule, costs, early=early).makespan
                 rows.append(Row(case, "s/step", median, peer + (", early" if early else ""), theory))
         print(f"  {case:44} {' '.join(f'{s / rows[-1].theirs:.3f}' for s in sorted(spans))}")
+        if who == "ours":
+            bare = statistics.median(whole(results, ("bare", name)))
+            rows.append(Row(case, "s/step", median, "bare loop", bare))
     return rows
+
+
+def whole(results: Sequence[dict[str, Any]], run: tuple[str, str]) -> list[float]:
+    """How long each step of a run took, from the first rank's start to the last one's end."""
+    columns = [r["times"][run] for r in results]
+    return [max(end for _, end in step) - min(start for start, _ in step) for step in zip(*columns, strict=True)]
 
 
 def seconds(results: Sequence[dict[str, Any]], who: str) -> float:
