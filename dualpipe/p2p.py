@@ -176,7 +176,7 @@ class P2P:
         self._courier.hand(self._send, message, tensors)
 
     def release(self, message: Message) -> None:
-        self._courier.hand(self._release, message)
+        self._courier.hand(self._release, message)  # the receiver has it: this waits for no more than gloo's own thread
 
     def finish(self) -> None:
         self._courier.settle()
