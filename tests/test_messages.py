@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
+import torch
+from torch import Tensor
 
+from benchmarks.schedule_runtime import EmulatedStage
 from dualpipe.messages import Message, RankPlan, incoming, plan_messages
+from dualpipe.p2p import P2P, Links
+from dualpipe.runtime import Runtime
 from dualpipe.schedule import Action, Schedule, parts
 from dualpipe.schedules import SCHEDULES, make_schedule
 from dualpipe.validate import dependencies
+from dualpipe.wgrad import WeightGradQueue
+from tests.spawn import run_ranks
 
 CASES = [(name, ranks, 2 * ranks + 2) for name in sorted(SCHEDULES) for ranks in (1, 2, 4)]
 
@@ -74,3 +83,34 @@ def test_a_send_is_let_go_only_after_its_reader_has_surely_run(name: str, ranks:
                 released += 1
     if ranks > 1 and name != "gpipe":
         assert released > 0
+
+
+class Counting(P2P):
+    """Messages that count how many sends are held at most."""
+
+    most = 0
+
+    def _send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        super()._send(message, tensors)
+        self.most = max(self.most, len(self._sends))
+
+
+def held_sends(rank: int, world: int) -> tuple[int, int]:
+    """A rank's sends at once: as many as were held, and as the plan allows."""
+    schedule, timeout = make_schedule("zbv", world, 20), timedelta(seconds=30)
+    links, queue = Links.create([range(world)], timeout), WeightGradQueue()
+    transport = Counting(links, torch.device("cpu"), timeout)
+    last = schedule.num_stages - 1
+    stages = {s: EmulatedStage(0.0, queue, s == 0, s == last) for s in schedule.stages_of(rank)}
+    Runtime(stages, schedule, rank, links, queue, transport=transport, fill=False).step([torch.zeros(1, 4096)] * 20)
+    plan, held, most = plan_messages(schedule, rank), 0, 0
+    for step in schedule.steps[rank]:
+        held += sum(action in plan.outgoing for action in parts(step))
+        most = max(most, held)
+        held -= len(plan.releases.get(step, ()))
+    return transport.most, most
+
+
+def test_sends_that_are_over_are_let_go_during_the_step() -> None:
+    for held, planned in run_ranks(2, held_sends):
+        assert held <= planned < 20
