@@ -7,7 +7,7 @@ Runs of a model and seed start from the same weights and read the same text in t
 differs. The text is read less than once, so the training loss is an honest measure. Adam's moments are BF16 in all.
 The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order. Those called
 `same` only evaluate what `bf16` of that seed has reached, in each precision: no run drifts there. `long` is from
-scratch for 2,000 steps, `batch` from scratch with four times the sequences in a step.
+scratch for 2,000 steps, `longer` for 4,000, `batch` from scratch with four times the sequences in a step.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone
@@ -31,7 +31,7 @@ from pathlib import Path
 from benchmarks.report import Row, publish
 
 RUNS = Path("runs/fp8_training")
-STEPS, LONG = 1000, 2000
+STEPS, LONG, LONGER = 1000, 2000, 4000
 WINDOW = 200  # steps over which a loss is averaged
 COMMON = (
     "parallel.pp=1 schedule=one_f_one_b launch.threads=1 logger=none sample_tokens=0 "
@@ -49,6 +49,7 @@ SAME = "optim.lr=1e-12 optim.lr_final=1e-12 optim.warmup_steps=0 eval_every=1 in
 MODELS |= {
     **{f"{name}_later": f"{words} {LATER}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
     **{f"{name}_long": words for name, words in MODELS.items()},
+    **{f"{name}_longer": words for name, words in MODELS.items()},
     **{f"{name}_batch": words for name, words in MODELS.items()},
     **{f"{name}_same": f"{words} {SAME}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
 }
@@ -96,7 +97,7 @@ class Losses:
 
 
 def steps_of(model: str) -> int:
-    return {"same": 1, "long": LONG}.get(model.partition("_")[2], STEPS)
+    return {"same": 1, "long": LONG, "longer": LONGER}.get(model.partition("_")[2], STEPS)
 
 
 def run(model: str, variant: str, seed: str = "0") -> None:
