@@ -64,14 +64,22 @@ void rotate(T* x, int64_t ld, const Angles& angles, const Sizes& z, float direct
     }
 }
 
+// Room for [P, width], with zeros below row S and in a column that only makes the width even.
+template <typename T>
+Room<T> padded(int64_t width, const Sizes& z) {
+  const int64_t ld = even<T>(width);
+  Room<T> room(z.P * ld);
+  clear(room.data() + (ld > width ? 0 : z.S * ld), room.data() + room.size());
+  return room;
+}
+
 // One head: q and k [P, Q], v [P, V], with zeros below row S and in columns that only make the width even.
 template <typename T>
 struct Head {
-  std::vector<T> q, k, v;
+  Room<T> q, k, v;
 
-  explicit Head(const Sizes& z) : q(z.P * even<T>(z.Q())), k(q.size()), v(z.P * even<T>(z.V)) {}
-
-  Head(const T* q_up, const T* kv_up, const T* k_rope, const Angles& angles, const Sizes& z) : Head(z) {
+  Head(const T* q_up, const T* kv_up, const T* k_rope, const Angles& angles, const Sizes& z)
+      : q(padded<T>(z.Q(), z)), k(padded<T>(z.Q(), z)), v(padded<T>(z.V, z)) {
     const int64_t Q = even<T>(z.Q()), kv = z.N + z.V;
     copy_rows(q_up, z.H * z.Q(), q.data(), Q, z.S, z.Q());
     copy_rows(kv_up, z.H * kv, k.data(), Q, z.S, z.N);
@@ -84,16 +92,16 @@ struct Head {
 
 // x [P, width] as [width, ld].
 template <typename T>
-std::vector<T> transposed(const std::vector<T>& x, int64_t width, const Sizes& z) {
-  std::vector<T> result(width * z.ld());
+Room<T> transposed(const Room<T>& x, int64_t width, const Sizes& z) {
+  Room<T> result(width * z.ld());
   transpose(x.data(), width, result.data(), z.ld(), z.P, width);
   return result;
 }
 
 // The same as a right operand.
 template <typename T>
-std::vector<T> transposed_right(const std::vector<T>& x, int64_t width, const Sizes& z) {
-  std::vector<T> result(width * z.ld());
+Room<T> transposed_right(const Room<T>& x, int64_t width, const Sizes& z) {
+  Room<T> result(width * z.ld());
   pack_turned(x.data(), width, result.data(), z.ld(), z.P, width);
   return result;
 }
@@ -101,10 +109,10 @@ std::vector<T> transposed_right(const std::vector<T>& x, int64_t width, const Si
 // x [P, width] as a right operand; FP32 is one as it is.
 template <typename T>
 struct Right {
-  std::vector<T> packed;
+  Room<T> packed;
   const T* at;
 
-  Right(const std::vector<T>& x, int64_t width, const Sizes& z) : at(x.data()) {
+  Right(const Room<T>& x, int64_t width, const Sizes& z) : at(x.data()) {
     if constexpr (PAIR<T> > 1) {
       packed.resize(x.size());
       pack(x.data(), width, packed.data(), z.P, width);
@@ -117,10 +125,10 @@ struct Right {
 template <typename T>
 void forward_head(const Head<T>& head, const Documents& documents, const Sizes& z, T* out, int64_t ld_out, float* lse) {
   const int64_t Q = even<T>(z.Q()), V = even<T>(z.V), ld = z.ld();
-  const std::vector<T> k_t = transposed_right(head.k, Q, z);
+  const Room<T> k_t = transposed_right(head.k, Q, z);
   const Right<T> v(head.v, V, z);
-  std::vector<float> scores(NARROW * ld), sums(NARROW * V);
-  std::vector<T> low_shares(PAIR<T> > 1 ? NARROW * ld : 0);
+  Room<float> scores(NARROW * ld), sums(NARROW * V);
+  Room<T> low_shares(PAIR<T> > 1 ? NARROW * ld : 0);
   T* const shares = PAIR<T> > 1 ? low_shares.data() : reinterpret_cast<T*>(scores.data());
   std::vector<Exponentials> found(NARROW);
   for (int64_t row = 0; row < z.S; row += NARROW) {
@@ -141,13 +149,13 @@ void forward_head(const Head<T>& head, const Documents& documents, const Sizes& 
   }
 }
 
-// What backward has of a block, each [64 keys, 128 queries]: scores and the shares' gradients, and made of these the
+// What backward has of a block, each [64 keys, up to 128 queries]: scores and the shares' gradients, and made of these the
 // shares p and the scores' gradients ds, the latter also as a right operand. FP32 has them in place.
 template <typename T>
 struct Block {
   static constexpr bool LOW = PAIR<T> > 1;
-  std::vector<float> scores, dp;
-  std::vector<T> low_p, low_ds, low_right;
+  Room<float> scores, dp;
+  Room<T> low_p, low_ds, low_right;
   T *p, *ds, *ds_right;
 
   Block()
@@ -167,13 +175,12 @@ struct Block {
         clear(x, x + low);
         clear(x + high, x + WIDE);
       }
-      for (int64_t r = low; r < high; r += Vec::size()) {
-        const int64_t n = std::min<int64_t>(Vec::size(), high - r);
-        const Vec score = Vec(z.scale) * Vec::loadu(&scores[at + r], n), rest = Vec::loadu(delta + row + r, n);
-        const Vec share = (score - Vec::loadu(lse + row + r, n)).exp_u20(), slope = Vec::loadu(&dp[at + r], n) - rest;
+      each(low, high, [&](int64_t r, int64_t n) {
+        const Vec score = Vec(z.scale) * load(&scores[at + r], n), slope = load(&dp[at + r], n) - load(delta + row + r, n);
+        const Vec share = (score - load(lse + row + r, n)).exp_u20();
         store(share, p + at + r, n);
         store(share * slope, ds + at + r, n);
-      }
+      });
       const bool alone = high > low && documents.first[position] == position && position >= row;
       if (alone) ds[at + low] = 0;  // a document's first query sees one key, whose share is 1 whatever the score
     }
@@ -187,24 +194,24 @@ struct HeadGrads {
 };
 
 template <typename T>
-HeadGrads backward_head(const Head<T>& head, const std::vector<T>& dout, const Documents& documents, const Sizes& z,
+HeadGrads backward_head(const Head<T>& head, const Room<T>& dout, const Documents& documents, const Sizes& z,
                         const float* lse, const float* delta) {
   const int64_t Q = even<T>(z.Q()), V = even<T>(z.V), ld = z.ld();
-  const std::vector<T> q_t = transposed_right(head.q, Q, z), dout_t = transposed_right(dout, V, z);
-  const std::vector<T> k_t = transposed(head.k, Q, z);
+  const Room<T> q_t = transposed_right(head.q, Q, z), dout_t = transposed_right(dout, V, z);
+  const Room<T> k_t = transposed(head.k, Q, z);
   const Right<T> q(head.q, Q, z), dy(dout, V, z);
   HeadGrads grads{std::vector<float>(Q * ld), std::vector<float>(z.P * Q), std::vector<float>(z.P * V)};
   Block<T> block;
   for (int64_t key = 0; key < z.S; key += NARROW) {
     const int64_t end = documents.end[std::min(key + NARROW, z.S) - 1];
-    for (int64_t row = key / WIDE * WIDE; row < end; row += WIDE) {
-      const int64_t at = row * PAIR<T>;
-      multiply(NARROW, WIDE, Q, &head.k[key * Q], Q, &q_t[at], ld, block.scores.data(), WIDE, false);
-      multiply(NARROW, WIDE, V, &head.v[key * V], V, &dout_t[at], ld, block.dp.data(), WIDE, false);
+    for (int64_t row = key; row < end; row += WIDE) {
+      const int64_t at = row * PAIR<T>, width = std::min(WIDE, z.P - row);
+      multiply(NARROW, width, Q, &head.k[key * Q], Q, &q_t[at], ld, block.scores.data(), WIDE, false);
+      multiply(NARROW, width, V, &head.v[key * V], V, &dout_t[at], ld, block.dp.data(), WIDE, false);
       block.differentiate(key, row, documents, z, lse, delta);
-      multiply(NARROW, V, WIDE, block.p, WIDE, dy.at + row * V, V, &grads.dv[key * V], V, true);
-      multiply(NARROW, Q, WIDE, block.ds, WIDE, q.at + row * Q, Q, &grads.dk[key * Q], Q, true);
-      multiply(Q, WIDE, NARROW, &k_t[key], ld, block.ds_right, WIDE, &grads.dq_t[row], ld, true);
+      multiply(NARROW, V, width, block.p, WIDE, dy.at + row * V, V, &grads.dv[key * V], V, true);
+      multiply(NARROW, Q, width, block.ds, WIDE, q.at + row * Q, Q, &grads.dk[key * Q], Q, true);
+      multiply(Q, width, NARROW, &k_t[key], ld, block.ds_right, WIDE, &grads.dq_t[row], ld, true);
     }
   }
   return grads;
@@ -254,8 +261,8 @@ void backward(const Call<T>& call, const T* dout, const T* out, const float* lse
   const int64_t Q = even<T>(z.Q()), V = even<T>(z.V), kv = z.N + z.V;
   at::parallel_for(0, z.B * z.H, 1, [&](int64_t begin, int64_t stop) {
     for (int64_t task = begin; task < stop; ++task) {
-      std::vector<T> dy(z.P * V);
-      std::vector<float> delta(z.P), dq(z.P * Q);
+      Room<T> dy = padded<T>(z.V, z);
+      Room<float> delta(z.P), dq(z.P * Q);
       copy_rows(call.of(dout, task, z.V), z.H * z.V, dy.data(), V, z.S, z.V);
       for (int64_t s = 0; s < z.S; ++s) delta[s] = dot(&dy[s * V], call.of(out, task, z.V) + s * z.H * z.V, z.V);
       const HeadGrads grads =

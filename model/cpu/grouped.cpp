@@ -44,12 +44,12 @@ std::vector<Group> groups_of(at::IntArrayRef counts, int64_t all, int64_t chunk)
   return groups;
 }
 
-// Call work(task, the thread's next task or −1, buffers) for each task, on all threads; Buffers are a thread's own.
-template <typename Buffers, typename Work>
-void share_out(int64_t tasks, const Buffers& empty, const Work& work) {
+// Call work(task, the thread's next task or −1, buffers) for each task, on all threads; each makes buffers of its own.
+template <typename Make, typename Work>
+void share_out(int64_t tasks, const Make& make, const Work& work) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    Buffers buffers = empty;
+    auto buffers = make();
     for (int64_t task = next++; task < tasks;) {
       const int64_t following = next++;
       work(task, following < tasks ? following : -1, buffers);
@@ -88,7 +88,7 @@ struct Weights {
 template <typename T>
 void products(const T* x, const Weights<T>& weights, const std::vector<Group>& groups, T* out) {
   const int64_t K = weights.K, N = weights.N, panels = (N + BROAD - 1) / BROAD;
-  share_out(groups.size() * panels, std::vector<T>(K * BROAD), [&](int64_t task, int64_t following, std::vector<T>& panel) {
+  share_out(groups.size() * panels, [&] { return Room<T>(K * BROAD); }, [&](int64_t task, int64_t following, Room<T>& panel) {
     const auto column = [&](int64_t of) { return of % panels * BROAD; };
     const auto width = [&](int64_t of) { return std::min(BROAD, N - column(of)); };
     const auto [expert, start, rows] = groups[task / panels];
@@ -108,7 +108,7 @@ void products(const T* x, const Weights<T>& weights, const std::vector<Group>& g
 
 template <typename T>
 struct Buffers {
-  std::vector<T> dy, x;
+  Room<T> dy, x;
 };
 
 // grad [N, K] += dyᵀ · x over the group's rows, for the rows of grad from `first` on, `height` of them.
@@ -140,8 +140,8 @@ void gradients(const T* dy, const T* x, const std::vector<Group>& groups, int64_
   const int64_t shares = many ? 1 : 2 * at::get_num_threads();  // each lays x out anew
   const int64_t part = std::min(MOST[many], round_up((N + shares - 1) / shares, HIGH)), parts = (N + part - 1) / part;
   const int64_t most = DEEP * PAIR<T> * 3 / 2;
-  const Buffers<T> empty{std::vector<T>(most * part), std::vector<T>(most * BROAD)};
-  share_out(groups.size() * parts, empty, [&](int64_t task, int64_t, Buffers<T>& own) {
+  const auto buffers = [&] { return Buffers<T>{Room<T>(most * part), Room<T>(most * BROAD)}; };
+  share_out(groups.size() * parts, buffers, [&](int64_t task, int64_t, Buffers<T>& own) {
     const auto [expert, start, rows] = groups[task / parts];
     const int64_t first = task % parts * part;
     add_gradient(dy + start * N, x + start * K, rows, K, N, first, std::min(part, N - first), grads + expert * N * K, own);

@@ -22,12 +22,6 @@ float sum_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
 }
 
-// use(where a vector begins in a row of n, how many of it there are)
-template <typename Use>
-void each(int64_t n, const Use& use) {
-  for (int64_t i = 0; i < n; i += Vec::size()) use(i, std::min<int64_t>(Vec::size(), n - i));
-}
-
 // run(a value of the tensor's type), as FP32 and BF16 have one kernel.
 template <typename Run>
 void by_type(const Tensor& x, const Run& run) {
@@ -48,7 +42,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
       for (int64_t r = begin; r < end; ++r) {
         const T* const row = from + r * ld;
         const Vec scale(1 / std::sqrt(dot(row, row, D) / D + static_cast<float>(eps)));
-        each(D, [&](int64_t d, int64_t n) { store(load(row + d, n) * scale * load(w + d, n), to + r * D + d, n); });
+        each(0, D, [&](int64_t d, int64_t n) { store(load(row + d, n) * scale * load(w + d, n), to + r * D + d, n); });
       }
     });
   });
@@ -69,12 +63,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
       for (int64_t r = begin; r < end; ++r) {
         const T *const row = from + r * ld, *const slope = slopes + r * ld_dy;
         Vec both(0);
-        each(D, [&](int64_t d, int64_t n) {
+        each(0, D, [&](int64_t d, int64_t n) {
           both = at::vec::fmadd(load(row + d, n) * load(slope + d, n), load(w + d, n), both);
         });
         const float s = 1 / std::sqrt(dot(row, row, D) / D + static_cast<float>(eps));
         const Vec scale(s), along(s * s * s * sum_of(both) / D);
-        each(D, [&](int64_t d, int64_t n) {
+        each(0, D, [&](int64_t d, int64_t n) {
           const Vec value = load(row + d, n), scaled = load(slope + d, n) * scale;
           store(scaled * load(w + d, n) - value * along, to + r * D + d, n);
           store(load(dw + d, n) + scaled * value, dw + d, n);
@@ -98,7 +92,7 @@ Tensor swiglu(const Tensor& gate_up, const std::optional<Tensor>& gates) {
       for (int64_t r = begin; r < end; ++r) {
         const T* const row = from + r * ld;
         const Vec share(shares ? shares[r] : 1.f);
-        each(F, [&](int64_t f, int64_t n) {
+        each(0, F, [&](int64_t f, int64_t n) {
           const Vec x = load(row + f, n);
           store(x / (Vec(1) + x.neg().exp()) * load(row + F + f, n) * share, to + r * F + f, n);
         });
@@ -125,7 +119,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate_
         T* const to = all + r * 2 * F;
         const Vec share(shares ? shares[r] : 1.f), one(1);
         Vec sums(0);
-        each(F, [&](int64_t f, int64_t n) {
+        each(0, F, [&](int64_t f, int64_t n) {
           const Vec x = load(row + f, n), up = load(row + F + f, n), d = load(slope + f, n);
           const Vec sigmoid = one / (one + x.neg().exp()), silu = x * sigmoid;
           sums = at::vec::fmadd(d * silu, up, sums);  // beyond the row's end d is 0
@@ -154,13 +148,13 @@ std::tuple<Tensor, Tensor> token_losses(Tensor logits, const Tensor& targets) {
       for (int64_t r = begin; r < end; ++r) {
         T* const row = all + r * V;
         Vec most(-std::numeric_limits<float>::infinity()), sums(0);
-        each(V, [&](int64_t v, int64_t n) { most = Vec::set(most, at::vec::maximum(most, load(row + v, n)), n); });
+        each(0, V, [&](int64_t v, int64_t n) { most = Vec::set(most, at::vec::maximum(most, load(row + v, n)), n); });
         const float max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, most);
-        each(V, [&](int64_t v, int64_t n) { sums = Vec::set(sums, sums + (load(row + v, n) - Vec(max)).exp(), n); });
+        each(0, V, [&](int64_t v, int64_t n) { sums = Vec::set(sums, sums + (load(row + v, n) - Vec(max)).exp(), n); });
         log_sum[r] = max + std::log(sum_of(sums));
         const float target = row[wanted[r]];
         loss[r] = log_sum[r] - target;
-        each(V, [&](int64_t v, int64_t n) { store((load(row + v, n) - Vec(log_sum[r])).exp(), row + v, n); });
+        each(0, V, [&](int64_t v, int64_t n) { store((load(row + v, n) - Vec(log_sum[r])).exp(), row + v, n); });
         row[wanted[r]] = std::expm1(target - log_sum[r]);
       }
     });

@@ -20,14 +20,9 @@ Exponentials exponentiate(const float* row, T* to, int64_t low, int64_t high, in
   clear(to + high, to + size);
   if (low >= high) return {0, 1};
   Vec most(-std::numeric_limits<float>::infinity()), sums(0);
-  const auto each = [&](auto&& use) {
-    int64_t i = low;
-    for (; i + Vec::size() <= high; i += Vec::size()) use(i, Vec::size());  // a constant: no masks
-    if (i < high) use(i, high - i);
-  };
-  each([&](int64_t i, int64_t n) { most = Vec::set(most, at::vec::maximum(most, Vec::loadu(row + i, n)), n); });
+  each(low, high, [&](int64_t i, int64_t n) { most = Vec::set(most, at::vec::maximum(most, Vec::loadu(row + i, n)), n); });
   const float max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, most);
-  each([&](int64_t i, int64_t n) {
+  each(low, high, [&](int64_t i, int64_t n) {
     const Vec value = (Vec(scale) * (Vec::loadu(row + i, n) - Vec(max))).exp_u20();
     store(value, to + i, n);
     sums = Vec::set(sums, sums + value, n);

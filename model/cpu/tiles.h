@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 
 namespace cpu {
@@ -22,6 +24,21 @@ using Vec = at::vec::Vectorized<float>;
 // Rows that a right operand's layout has side by side (see `multiply`).
 template <typename T>
 inline constexpr int64_t PAIR = std::is_same_v<T, float> ? 1 : 2;
+
+// Room for values that are written before they are read: std::vector would clear it first, BF16 one by one.
+template <typename T>
+struct Uncleared : std::allocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = Uncleared<U>;
+  };
+  template <typename U>
+  void construct(U* at) {
+    ::new (at) U;
+  }
+};
+template <typename T>
+using Room = std::vector<T, Uncleared<T>>;
 
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
@@ -59,13 +76,17 @@ inline Vec load(const at::BFloat16* from, int64_t n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16));
 }
 
+// use(where a vector begins in [low, high), how many of it there are)
+template <typename Use>
+void each(int64_t low, int64_t high, const Use& use) {
+  for (; low + Vec::size() <= high; low += Vec::size()) use(low, Vec::size());  // a constant: no masks
+  if (low < high) use(low, high - low);
+}
+
 template <typename T>
 float dot(const T* a, const T* b, int64_t n) {
   Vec sum(0);
-  for (int64_t i = 0; i < n; i += Vec::size()) {
-    const int64_t count = std::min<int64_t>(Vec::size(), n - i);
-    sum = at::vec::fmadd(load(a + i, count), load(b + i, count), sum);
-  }
+  each(0, n, [&](int64_t i, int64_t count) { sum = at::vec::fmadd(load(a + i, count), load(b + i, count), sum); });
   return at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum);
 }
 
@@ -86,10 +107,7 @@ void copy_rows(const From* src, int64_t ld_src, To* dst, int64_t ld_dst, int64_t
         std::copy_n(from, width, to);
         continue;
       }
-    for (int64_t c = 0; c < width; c += Vec::size()) {
-      const int64_t n = std::min<int64_t>(Vec::size(), width - c);
-      store(Vec(scale) * load(from + c, n), to + c, n);
-    }
+    each(0, width, [&](int64_t c, int64_t n) { store(Vec(scale) * load(from + c, n), to + c, n); });
   }
 }
 
@@ -99,11 +117,10 @@ inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_d
 
 // out [n] = silu(gate) · up; out may be gate.
 inline void swiglu_row(const float* gate, const float* up, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; i += Vec::size()) {
-    const int count = static_cast<int>(std::min<int64_t>(Vec::size(), n - i));
-    const Vec x = Vec::loadu(gate + i, count);
-    (x / (Vec(1) + x.neg().exp()) * Vec::loadu(up + i, count)).store(out + i, count);
-  }
+  each(0, n, [&](int64_t i, int64_t count) {
+    const Vec x = load(gate + i, count);
+    store(x / (Vec(1) + x.neg().exp()) * load(up + i, count), out + i, count);
+  });
 }
 
 // Of BF16: by tiles of 32 × 32.
