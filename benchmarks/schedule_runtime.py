@@ -12,7 +12,10 @@ at once and nothing else (`as long as sleeps last`). And the processor that wake
 10 ms takes several times as long as it takes without the sleep, which no kernel on a real device does to its host. Both
 together are measured too, without any pipeline: F, I and W of as many micro-batches under plain autograd, all processes
 at once, with sleeps minus without (`what sleeps cost`). The stage's own autograd stays in what is measured, as does all
-of the runtime's code. The theoretical makespan is given for both lengths of a sleep.
+of the runtime's code. The theoretical makespan is given for both lengths of a sleep, and by a third account: what a
+sleep costs scatters, and where ranks wait for each other the latest counts, which no mean shows. `as they cost one by
+one` gives each action one of the costs that were measured without a pipeline, drawn by chance; the median of such
+makespans.
 PyTorch's makespan is held against its own order of actions.
 Ours sends a gradient as soon as I is over and may so be faster than the published makespan; `early` is a simulation
 that does the same. Only the seconds compare the two runtimes.
@@ -26,10 +29,11 @@ The second table adds a delay to every message inside the emulated link, and com
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -46,7 +50,7 @@ from dualpipe.csvio import read_csv
 from dualpipe.messages import Message, plan_messages
 from dualpipe.p2p import P2P, Links
 from dualpipe.runtime import Runtime
-from dualpipe.schedule import Kind, Schedule, parts
+from dualpipe.schedule import Action, Kind, Schedule, parts
 from dualpipe.schedules import make_schedule
 from dualpipe.simulator import simulate
 from dualpipe.stage import Segment, TensorSpec, compute
@@ -57,6 +61,7 @@ SCHEDULES = ("dualpipe", "dualpipev", "one_f_one_b", "zbv")
 PYTORCH = {"dualpipev": ScheduleDualPipeV, "one_f_one_b": Schedule1F1B, "zbv": ScheduleZBVZeroBubble}
 SHAPE = (1, 4096)
 TIMEOUT = timedelta(seconds=60)
+DRAWINGS = 15
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ class DelayedLink(P2P):
 
 
 Timed = tuple[float, float]
+Trio = tuple[float, float, float]  # seconds of F, of I and of W
 
 
 def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
     `warm` is `alone` without its sleeps, on no more ranks than there are cores.
     """
     links = Links.create([range(world)], TIMEOUT)
-    result: dict[str, Any] = {"sleeps": [], "times": {}, "orders": {}}
+    result: dict[str, Any] = {"sleeps": [], "trios": [], "times": {}, "orders": {}}
     for name in plan.schedules:
         schedule = make_schedule(name, world, plan.micro_batches)
         runs = {("ours", name): our_step(schedule, rank, links, plan, 0.0)}
@@ -176,12 +182,14 @@ def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
         if plan.delay:
             runs["delayed", name] = our_step(schedule, rank, links, plan, plan.delay)
         if name == plan.schedules[0]:
-            runs["alone", name] = partial(no_pipeline, plan)
+            runs["alone", name] = partial(no_pipeline, plan, result["trios"])
             computes = rank < (psutil.cpu_count() or 1)
-            runs["warm", name] = partial(no_pipeline, replace(plan, unit=0.0)) if computes else lambda: None
+            runs["warm", name] = partial(no_pipeline, replace(plan, unit=0.0), []) if computes else lambda: None
         for key, step in runs.items():
             step()
             result["times"][key] = []
+        if name == plan.schedules[0]:
+            result["trios"].clear()  # the first run is no measurement
         for _ in range(plan.steps):
             for key, step in runs.items():
                 result["times"][key].append(timed(step))
@@ -200,14 +208,18 @@ def sleeps(unit: float, count: int = 10) -> list[float]:
     return found
 
 
-def no_pipeline(plan: Plan) -> None:
-    """F, B and W of every micro-batch, one after the other, in this process."""
+def no_pipeline(plan: Plan, trios: list[Trio]) -> None:
+    """F, I and W of every micro-batch, one after the other, in this process; leaves how long each of them took."""
     weight = torch.ones(1, requires_grad=True)
     waiting: list[Callable[[], None]] = []
     for _ in range(plan.micro_batches):
-        x = torch.zeros(SHAPE, requires_grad=True)
-        Sleep.apply(x, weight, plan.unit, waiting.append).mean().backward()
+        start = time.perf_counter()
+        loss = Sleep.apply(torch.zeros(SHAPE, requires_grad=True), weight, plan.unit, waiting.append).mean()
+        forward = time.perf_counter()
+        loss.backward()
+        inputs = time.perf_counter()
         waiting.pop()()
+        trios.append((forward - start, inputs - forward, time.perf_counter() - inputs))
 
 
 def timed(step: Callable[[], object]) -> Timed:
@@ -281,7 +293,9 @@ def evaluate(world: int, plan: Plan) -> list[Row]:
     results = run_ranks(world, measure, plan, timeout=900)
     lasts = statistics.median(s for r in results for s in r["sleeps"])
     alone, warm = (seconds(results, who) for who in ("alone", "warm"))
-    cost = (alone - warm) / (3 * plan.micro_batches)
+    code = warm / (3 * plan.micro_batches)  # what an action takes without its sleep is the stage's own
+    cost = alone / (3 * plan.micro_batches) - code
+    trios = [(f - code, i - code, w - code) for r in results for f, i, w in r["trios"]]
     print(f"{world} ranks: a sleep of {1e3 * plan.unit:g} ms lasts {1e3 * lasts:.3f} ms and costs {1e3 * cost:.3f}")
     case = f"no pipeline, {world} processes"
     rows = [
@@ -298,17 +312,46 @@ def evaluate(world: int, plan: Plan) -> list[Row]:
             schedule = read_csv(results[0]["orders"][name])
         label = {"ours": name, "pytorch": f"PyTorch's {PYTORCH.get(name, int).__name__}", "delayed": name}[who]
         case = f"{label}, {world} ranks" + (f", messages {1e3 * plan.delay:g} ms late" if who == "delayed" else "")
-        for peer, sleep in (("as long as sleeps last", lasts), ("what sleeps cost", cost)):
-            lengths = (sleep,) * schedule.num_stages
-            costs = Costs(lengths, lengths, lengths, latency=plan.delay if who == "delayed" else 0.0)
-            for early in (False, True) if who != "pytorch" else (False,):
-                theory = simulate(schedule, costs, early=early).makespan
-                rows.append(Row(case, "s/step", median, peer + (", early" if early else ""), theory))
+        latency = plan.delay if who == "delayed" else 0.0
+        for early in (False, True) if who != "pytorch" else (False,):
+            for peer, sleep in (("as long as sleeps last", lasts), ("what sleeps cost", cost)):
+                lengths = (sleep,) * schedule.num_stages
+                theory = simulate(schedule, Costs(lengths, lengths, lengths, latency=latency), early=early).makespan
+                rows.append(Row(case, "s/step", median, peer + ", early" * early, theory))
+            theory = one_by_one(schedule, trios, latency, early)
+            rows.append(Row(case, "s/step", median, "as they cost one by one" + ", early" * early, theory))
         print(f"  {case:44} {' '.join(f'{s / rows[-1].theirs:.3f}' for s in sorted(spans))}")
         if who == "ours":
             bare = statistics.median(whole(results, ("bare", name)))
             rows.append(Row(case, "s/step", median, "bare loop", bare))
     return rows
+
+
+@dataclass(frozen=True)
+class Drawn(Costs):
+    """Costs of which each action has its own."""
+
+    actions: Mapping[Action, float] = field(default_factory=dict)
+
+    def _action(self, action: Action) -> float:
+        return self.actions[action]
+
+
+def one_by_one(schedule: Schedule, trios: Sequence[Trio], latency: float, early: bool) -> float:
+    """The median makespan where each action takes as long as one of its kind in `trios`; B as long as an I and a W."""
+    times = dict(zip((Kind.F, Kind.I, Kind.W), zip(*trios, strict=True), strict=True))
+    means = {kind: (statistics.mean(some),) * schedule.num_stages for kind, some in times.items()}
+    chance = random.Random(0)
+
+    def draw(kind: Kind) -> float:
+        return draw(Kind.I) + draw(Kind.W) if kind is Kind.B else chance.choice(times[kind])
+
+    makespans = []
+    for _ in range(DRAWINGS):
+        actions = {a: draw(a.kind) for rank in range(schedule.num_ranks) for a in schedule.actions(rank)}
+        costs = Drawn(means[Kind.F], means[Kind.I], means[Kind.W], latency=latency, actions=actions)
+        makespans.append(simulate(schedule, costs, early=early).makespan)
+    return statistics.median(makespans)
 
 
 def whole(results: Sequence[dict[str, Any]], run: tuple[str, str]) -> list[float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import graph as autograd_graph
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualpipe.lanes import HostLanes, Lanes
+from dualpipe.lanes import HostLanes, Label, Lanes
 from dualpipe.outline import Outline, outline_of
 from dualpipe.overlap import MESSAGE, Piece
 from dualpipe.schedule import Kind
@@ -134,10 +134,10 @@ class Chunk:
         segment = self.segments[index]
         values = {name: self._read(name) for name in segment.reads}
         if segment.lane is Lane.COMM:
-            pending = self._start(f"{segment.name}(F)", segment.work.start, values.values())  # type: ignore[union-attr]
+            pending = self._start((segment.name, "F", self.key), segment.work.start, values.values())  # type: ignore[union-attr]
             self._pending.update(dict.fromkeys(segment.writes, (index, pending)))
         else:
-            self._lanes.compute(self._label(f"{segment.name}(F)"), lambda: self._compute(index, segment, values))
+            self._lanes.compute((segment.name, "F", self.key), self._compute, index, segment, values)
         for name in segment.reads:
             if self.outline.last_reader[name] == index:
                 self._values.pop(name, None)
@@ -160,18 +160,14 @@ class Chunk:
         if self._training:
             self._graphs[index] = graph
 
-    def _start(self, name: str, begin: Callable[..., Pending], arguments: Iterable[Any]) -> Pending:
+    def _start(self, label: Label, begin: Callable[..., Pending], arguments: Iterable[Any]) -> Pending:
         arguments = tuple(arguments)
 
         def run() -> Pending:
             with torch.no_grad():
                 return begin(*arguments)
 
-        return self._lanes.start(self._label(name), run)
-
-    def _label(self, name: str) -> str:
-        """What a piece is called in records: its name, stage and micro-batch."""
-        return f"{name} of {self.key[0]}.{self.key[1]}"
+        return self._lanes.start(label, run)
 
     def _read(self, name: str) -> Any:
         if name in self._pending:
@@ -184,7 +180,7 @@ class Chunk:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The stage's results, taken out of the chunk; waits for them if they are still under way."""
-        values = tuple([self._read(name) for name in self.outline.outputs])
+        values = tuple(map(self._read, self.outline.outputs))
         for name in self.outline.outputs:
             del self._values[name]
         return values
@@ -204,17 +200,17 @@ class Chunk:
         if segment.lane is Lane.COMM:
             grads = [self._grads.pop(name, None) for name in segment.writes]
             begin: Any = segment.work.start_backward  # type: ignore[union-attr]
-            self._pending_grads[index] = self._start(f"{segment.name}(I)", begin, grads)
+            self._pending_grads[index] = self._start((segment.name, "I", self.key), begin, grads)
             return
-        self._lanes.compute(self._label(f"{segment.name}(I)"), lambda: self._compute_inputs(index))
+        self._lanes.compute((segment.name, "I", self.key), self._compute_inputs, index)
 
     def _compute_inputs(self, index: int) -> None:
         graph = self._graphs.pop(index)
         reached = [name for name in graph.outputs if name in self._grads]
         if not reached:
             return
-        ends = tuple([graph.outputs[name] for name in reached])
-        grads = tuple([self._grads.pop(name) for name in reached])
+        ends = tuple(map(graph.outputs.__getitem__, reached))
+        grads = tuple(map(self._grads.pop, reached))
         with self._queue.record((*self.key, index)):
             _run_backward(ends, grads)
         for name, entry in graph.inputs.items():
@@ -222,8 +218,7 @@ class Chunk:
 
     def weights(self, index: int) -> None:
         """The weight gradients of segment `index`."""
-        key = (*self.key, index)
-        self._lanes.compute(self._label(f"{self.segments[index].name}(W)"), lambda: self._queue.run(key))
+        self._lanes.compute((self.segments[index].name, "W", self.key), self._queue.run, (*self.key, index))
 
     def input_grads(self, count: int) -> tuple[Tensor | None, ...]:
         """The gradients of `in0`…, once every segment's backward has run; None where nothing depends on the input."""

@@ -23,17 +23,18 @@ from dualpipe.clock import Clock
 from dualpipe.stage import Lane, Pending
 
 Begin = Callable[[], Pending]
+Label = str | tuple[str, str, tuple[int, int]]  # a piece for records; put into words only there (`_name`)
 
 
 class Lanes(Protocol):
-    def compute(self, name: str, run: Callable[[], None]) -> None:
+    def compute(self, label: Label, run: Callable[..., None], *arguments: Any) -> None:
         """Run a compute piece."""
         ...
 
-    def start(self, name: str, begin: Begin) -> Pending:
+    def start(self, label: Label, begin: Begin) -> Pending:
         """Start a communication on its lane, after the compute that has been issued so far.
 
-        `begin` starts it and returns what is to be waited for; `name` is for records.
+        `begin` starts it and returns what is to be waited for.
         """
         ...
 
@@ -41,14 +42,14 @@ class Lanes(Protocol):
 class _Direct:
     """Compute runs where it is called: in the current stream of the one thread."""
 
-    def compute(self, name: str, run: Callable[[], None]) -> None:
-        run()
+    def compute(self, label: Label, run: Callable[..., None], *arguments: Any) -> None:
+        run(*arguments)
 
 
 class HostLanes(_Direct):
     """Asynchronous collectives need no help: they run on the backend's threads."""
 
-    def start(self, name: str, begin: Begin) -> Pending:
+    def start(self, label: Label, begin: Begin) -> Pending:
         return begin()
 
 
@@ -63,7 +64,7 @@ class _Done:
 class SerialLanes(_Direct):
     """No second lane: a communication is over before anything else begins."""
 
-    def start(self, name: str, begin: Begin) -> Pending:
+    def start(self, label: Label, begin: Begin) -> Pending:
         return _Done(begin().wait())
 
 
@@ -89,7 +90,7 @@ class StreamLanes(_Direct):
             lambda: torch.accelerator.current_stream(device),
         )
 
-    def start(self, name: str, begin: Begin) -> Pending:
+    def start(self, label: Label, begin: Begin) -> Pending:
         self._communication.wait_event(self._compute().record_event())
         with self._communication:
             results = begin().wait()
@@ -124,7 +125,7 @@ def lanes_for(device: torch.device, overlap: bool) -> Lanes:
 class Mark:
     """One piece on a lane, between two marks of a clock. Communication ends, as seen from here, when it was waited for.
 
-    `waited` is when the wait began: up to there compute ran beside it.
+    `name` is such as `1.experts(F) of 0.3`; `waited` is when the wait began: up to there compute ran beside it.
     """
 
     lane: Lane
@@ -141,25 +142,33 @@ class RecordingLanes:
         self._inner, self._clock = inner, clock
         self.marks: list[Mark] = []
 
-    def compute(self, name: str, run: Callable[[], None]) -> None:
+    def compute(self, label: Label, run: Callable[..., None], *arguments: Any) -> None:
         start = self._clock.mark()
-        self._inner.compute(name, run)
-        self.marks.append(Mark(Lane.COMPUTE, name, start, self._clock.mark()))
+        self._inner.compute(label, run, *arguments)
+        self.marks.append(Mark(Lane.COMPUTE, _name(label), start, self._clock.mark()))
 
-    def start(self, name: str, begin: Begin) -> Pending:
+    def start(self, label: Label, begin: Begin) -> Pending:
         start = self._clock.mark()
-        return _Recorded(self, name, start, self._inner.start(name, begin))
+        return _Recorded(self, label, start, self._inner.start(label, begin))
 
-    def finish(self, name: str, start: Any, pending: Pending) -> tuple[Any, ...]:
+    def finish(self, label: Label, start: Any, pending: Pending) -> tuple[Any, ...]:
         waited = self._clock.mark()
         results = pending.wait()
-        self.marks.append(Mark(Lane.COMM, name, start, self._clock.mark(), waited))
+        self.marks.append(Mark(Lane.COMM, _name(label), start, self._clock.mark(), waited))
         return results
 
 
+def _name(label: Label) -> str:
+    """A piece of a chunk is labelled with its segment, its part (F, I or W) and (stage, micro-batch)."""
+    if isinstance(label, str):
+        return label
+    segment, part, (stage, micro_batch) = label
+    return f"{segment}({part}) of {stage}.{micro_batch}"
+
+
 class _Recorded:
-    def __init__(self, lanes: RecordingLanes, name: str, start: Any, pending: Pending) -> None:
-        self._lanes, self._name, self._start, self._pending = lanes, name, start, pending
+    def __init__(self, lanes: RecordingLanes, label: Label, start: Any, pending: Pending) -> None:
+        self._lanes, self._label, self._start, self._pending = lanes, label, start, pending
 
     def wait(self) -> tuple[Any, ...]:
-        return self._lanes.finish(self._name, self._start, self._pending)
+        return self._lanes.finish(self._label, self._start, self._pending)

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from dualpipe.schedule import Action, Kind, Pair, Schedule, Step, parts
 from dualpipe.validate import dependencies
@@ -32,8 +33,7 @@ class Cargo(StrEnum):
     __hash__ = str.__hash__
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """Cargo between `stage` (that computed it) and its neighbour, for one micro-batch, from PP rank to PP rank."""
 
     cargo: Cargo

@@ -139,7 +139,7 @@ class Links:
         return Links({channel: make() for channel in CHANNELS}, tuple(ranks))
 
 
-Parts = list[tuple[Tensor, Any]]  # the tensors of a message, each with the operation that moves it
+Moving = tuple[tuple[Tensor, ...], list[Any]]  # the tensors of a message, and the operations that move them
 
 
 class P2P:
@@ -154,8 +154,8 @@ class P2P:
         self._device = device
         self._courier = courier_for(device)
         self._pool = BufferPool(device)
-        self._receives: dict[Message, Parts] = {}
-        self._sends: dict[Message, Parts] = {}
+        self._receives: dict[Message, Moving] = {}
+        self._sends: dict[Message, Moving] = {}
         self._peers = {
             channel: [dist.get_group_rank(group, rank) for rank in links.global_ranks]
             for channel, group in links.groups.items()
@@ -169,8 +169,9 @@ class P2P:
         if received is None:  # the courier has not come to it yet
             self._courier.settle()
             received = self._receives.pop(message)
-        self._complete(message, received, message.source)
-        return tuple([tensor for tensor, _ in received])
+        tensors, operations = received
+        self._complete(message, operations, message.source)
+        return tensors
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         self._courier.hand(self._send, message, tensors)
@@ -192,22 +193,23 @@ class P2P:
 
     def _post(self, message: Message, specs: Sequence[TensorSpec]) -> None:
         group, peer, tag = self._address(message, message.source, len(specs))
-        buffers = [self._pool.take(spec) for spec in specs]
+        buffers = tuple([self._pool.take(spec) for spec in specs])
         try:
-            self._receives[message] = [(b, group.recv([b], peer, tag + i)) for i, b in enumerate(buffers)]
+            self._receives[message] = buffers, [group.recv([b], peer, tag + i) for i, b in enumerate(buffers)]
         except RuntimeError as error:
             raise self._lost(message, message.source, error) from error
 
     def _send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         group, peer, tag = self._address(message, message.destination, len(tensors))
-        buffers = [t.detach().contiguous() for t in tensors]
+        buffers = tuple([t.detach().contiguous() for t in tensors])
         try:
-            self._sends[message] = [(b, group.send([b], peer, tag + i)) for i, b in enumerate(buffers)]
+            self._sends[message] = buffers, [group.send([b], peer, tag + i) for i, b in enumerate(buffers)]
         except RuntimeError as error:
             raise self._lost(message, message.destination, error) from error
 
     def _release(self, message: Message) -> None:
-        self._complete(message, self._sends.pop(message), message.destination)
+        _, operations = self._sends.pop(message)
+        self._complete(message, operations, message.destination)
 
     def report(self, text: str) -> None:
         """Written into the store of the process group, which outlives the rank (unless the store is its own)."""
@@ -239,10 +241,10 @@ class P2P:
         tag = self._links.tags.of(message.micro_batch, message.stage, message.cargo)
         return self._links.groups[channel], self._peers[channel][pp_rank], tag
 
-    def _complete(self, message: Message, parts: Parts, pp_rank: int) -> None:
+    def _complete(self, message: Message, operations: list[Any], pp_rank: int) -> None:
         try:
-            for _, work in parts:
-                work.wait(self._timeout)
+            for operation in operations:
+                operation.wait(self._timeout)
         except RuntimeError as error:
             raise self._lost(message, pp_rank, error) from error
 

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -30,8 +31,7 @@ class Kind(StrEnum):
     __hash__ = str.__hash__  # Enum's own is written in Python, and actions are hashed all the time
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):  # found in mappings all the time: a tuple's hash is not written in Python
     kind: Kind
     stage: int
     micro_batch: int
@@ -40,8 +40,7 @@ class Action:
         return f"{self.stage}{self.kind.value}{self.micro_batch}"
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One forward and one full backward of two different micro-batches, overlapped."""
 
     forward: Action

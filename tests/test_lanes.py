@@ -107,7 +107,7 @@ def test_streams_order_each_other_by_events_and_all_communication_is_issued_on_i
     log: list[str] = []
     main = FakeStream("compute", log)
     lanes = StreamLanes(FakeStream("communication", log), lambda: main)  # type: ignore[arg-type, return-value]
-    pending = lanes.start("move", lambda: Op(log).start(torch.ones(1)))
+    pending = lanes.start(("move", "F", (0, 0)), lambda: Op(log).start(torch.ones(1)))
     log.append("compute goes on")
 
     class Result(torch.Tensor):
