@@ -7,15 +7,13 @@ takes F + B), so ranks do not compete for the processor, while autograd, message
 runtime's own work are real. Both runtimes run the same autograd function, in the same processes, in turns. PyTorch's
 stages get W through its own `dw_builder`, so it too pays no second walk of the graph.
 
-A sleep costs more than was asked for, in two ways. It lasts longer: measured between the steps, with all ranks sleeping
-at once and nothing else (`as long as sleeps last`). And the processor that wakes up is cold: the code after a sleep of
-10 ms takes several times as long as it takes without the sleep, which no kernel on a real device does to its host. Both
-together are measured too, without any pipeline: F, I and W of as many micro-batches under plain autograd, all processes
-at once, with sleeps minus without (`what sleeps cost`). The stage's own autograd stays in what is measured, as does all
-of the runtime's code. The theoretical makespan is given for both lengths of a sleep, and by a third account: what a
-sleep costs scatters, and where ranks wait for each other the latest counts, which no mean shows. `as they cost one by
-one` gives each action one of the costs that were measured without a pipeline, drawn by chance; the median of such
-makespans.
+A sleep costs more than was asked for. It lasts longer: measured between the steps, with all ranks sleeping at once
+and nothing else (`as long as sleeps last`). The processor that wakes up is cold: the code after a sleep of 10 ms takes
+several times as long as it takes without the sleep, which no kernel on a real device does to its host. Both together
+are measured too, without any pipeline and in turns with the steps: F, I and W of as many micro-batches under plain
+autograd, all processes at once, with sleeps minus without (`what sleeps cost`). And all of that scatters (`as they cost
+one by one`). The stage's own autograd stays in what is measured, as does all of the runtime's code. The theoretical
+makespan is given by all three accounts (sleeps.py).
 PyTorch's makespan is held against its own order of actions.
 Ours sends a gradient as soon as I is over and may so be faster than the published makespan; `early` is a simulation
 that does the same. Only the seconds compare the two runtimes.
@@ -29,11 +27,10 @@ The second table adds a delay to every message inside the emulated link, and com
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -45,14 +42,13 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
 
 from benchmarks.report import Row, publish
-from dualpipe.costs import Costs
+from benchmarks.sleeps import Sleeping, Trio
 from dualpipe.csvio import read_csv
 from dualpipe.messages import Message, plan_messages
 from dualpipe.p2p import P2P, Links
 from dualpipe.runtime import Runtime
-from dualpipe.schedule import Action, Kind, Schedule, parts
+from dualpipe.schedule import Kind, Schedule, parts
 from dualpipe.schedules import make_schedule
-from dualpipe.simulator import simulate
 from dualpipe.stage import Segment, TensorSpec, compute
 from dualpipe.wgrad import WeightGradQueue
 from tests.spawn import run_ranks
@@ -61,7 +57,6 @@ SCHEDULES = ("dualpipe", "dualpipev", "one_f_one_b", "zbv")
 PYTORCH = {"dualpipev": ScheduleDualPipeV, "one_f_one_b": Schedule1F1B, "zbv": ScheduleZBVZeroBubble}
 SHAPE = (1, 4096)
 TIMEOUT = timedelta(seconds=60)
-DRAWINGS = 15
 
 
 @dataclass(frozen=True)
@@ -163,37 +158,36 @@ class DelayedLink(P2P):
 
 
 Timed = tuple[float, float]
-Trio = tuple[float, float, float]  # seconds of F, of I and of W
 
 
 def measure(rank: int, world: int, plan: Plan) -> dict[str, Any]:
-    """One rank of all runs. Returns how long sleeps last, per run the (start, end) of each step, PyTorch's orders.
+    """One rank of all runs. Returns per schedule how long sleeps last and F, I and W take without a pipeline, per run
+    the (start, end) of each step, and PyTorch's orders.
 
     `warm` is `alone` without its sleeps, on no more ranks than there are cores.
     """
     links = Links.create([range(world)], TIMEOUT)
-    result: dict[str, Any] = {"sleeps": [], "trios": [], "times": {}, "orders": {}}
+    computes = rank < (psutil.cpu_count() or 1)
+    result: dict[str, Any] = {"sleeps": {}, "trios": {}, "times": {}, "orders": {}}
     for name in plan.schedules:
         schedule = make_schedule(name, world, plan.micro_batches)
+        lasts, trios = result["sleeps"][name], result["trios"][name] = [], []
         runs = {("ours", name): our_step(schedule, rank, links, plan, 0.0)}
         runs["bare", name] = bare_step(schedule, rank, links, plan)
         if name in PYTORCH:
             runs["pytorch", name], result["orders"][name] = pytorch_step(name, rank, world, plan)
         if plan.delay:
             runs["delayed", name] = our_step(schedule, rank, links, plan, plan.delay)
-        if name == plan.schedules[0]:
-            runs["alone", name] = partial(no_pipeline, plan, result["trios"])
-            computes = rank < (psutil.cpu_count() or 1)
-            runs["warm", name] = partial(no_pipeline, replace(plan, unit=0.0), []) if computes else lambda: None
+        runs["alone", name] = partial(no_pipeline, plan, trios)
+        runs["warm", name] = partial(no_pipeline, replace(plan, unit=0.0), []) if computes else lambda: None
         for key, step in runs.items():
             step()
             result["times"][key] = []
-        if name == plan.schedules[0]:
-            result["trios"].clear()  # the first run is no measurement
+        trios.clear()  # the first round is no measurement
         for _ in range(plan.steps):
             for key, step in runs.items():
                 result["times"][key].append(timed(step))
-            result["sleeps"] += sleeps(plan.unit)
+            lasts += sleeps(plan.unit)
     return result
 
 
@@ -291,67 +285,57 @@ def pytorch_step(name: str, rank: int, world: int, plan: Plan) -> tuple[Callable
 def evaluate(world: int, plan: Plan) -> list[Row]:
     """Run all of it on `world` ranks, print what was measured, return the rows to publish."""
     results = run_ranks(world, measure, plan, timeout=900)
-    lasts = statistics.median(s for r in results for s in r["sleeps"])
-    alone, warm = (seconds(results, who) for who in ("alone", "warm"))
-    code = warm / (3 * plan.micro_batches)  # what an action takes without its sleep is the stage's own
-    cost = alone / (3 * plan.micro_batches) - code
-    trios = [(f - code, i - code, w - code) for r in results for f, i, w in r["trios"]]
-    print(f"{world} ranks: a sleep of {1e3 * plan.unit:g} ms lasts {1e3 * lasts:.3f} ms and costs {1e3 * cost:.3f}")
-    case = f"no pipeline, {world} processes"
-    rows = [
-        Row(case, "s/step", alone, "as long as sleeps last", 3 * plan.micro_batches * lasts),
-        Row(f"{case}, without sleeps", "s/step", warm, "with sleeps", alone),
-    ]
-    for who, name in results[0]["times"]:
-        if who in ("alone", "warm", "bare"):
-            continue
-        spans = whole(results, (who, name))
-        median = statistics.median(spans)
+    rows = []
+    for name in plan.schedules:
+        sleeping, controls = without_pipeline(results, name, plan)
+        times = f"lasts {1e3 * sleeping.lasts:.3f} ms and costs {1e3 * sleeping.cost:.3f}"
+        print(f"{name}, {world} ranks: a sleep of {1e3 * plan.unit:g} ms {times}")
+        rows += controls
         schedule = make_schedule(name, world, plan.micro_batches)
-        if who == "pytorch" and results[0]["orders"][name]:
-            schedule = read_csv(results[0]["orders"][name])
-        label = {"ours": name, "pytorch": f"PyTorch's {PYTORCH.get(name, int).__name__}", "delayed": name}[who]
-        case = f"{label}, {world} ranks" + (f", messages {1e3 * plan.delay:g} ms late" if who == "delayed" else "")
-        latency = plan.delay if who == "delayed" else 0.0
-        for early in (False, True) if who != "pytorch" else (False,):
-            for peer, sleep in (("as long as sleeps last", lasts), ("what sleeps cost", cost)):
-                lengths = (sleep,) * schedule.num_stages
-                theory = simulate(schedule, Costs(lengths, lengths, lengths, latency=latency), early=early).makespan
-                rows.append(Row(case, "s/step", median, peer + ", early" * early, theory))
-            theory = one_by_one(schedule, trios, latency, early)
-            rows.append(Row(case, "s/step", median, "as they cost one by one" + ", early" * early, theory))
-        print(f"  {case:44} {' '.join(f'{s / rows[-1].theirs:.3f}' for s in sorted(spans))}")
-        if who == "ours":
-            bare = statistics.median(whole(results, ("bare", name)))
-            rows.append(Row(case, "s/step", median, "bare loop", bare))
+        rows += compare(f"{name}, {world} ranks", whole(results, ("ours", name)), sleeping, schedule)
+        bare = statistics.median(whole(results, ("bare", name)))
+        rows.append(Row(rows[-1].case, "s/step", rows[-1].ours, "bare loop", bare))
+        if name in PYTORCH:
+            order = results[0]["orders"][name]
+            theirs = read_csv(order) if order else schedule
+            case = f"PyTorch's {PYTORCH[name].__name__}, {world} ranks"
+            rows += compare(case, whole(results, ("pytorch", name)), sleeping, theirs, leaves=(False,))
+        if plan.delay:
+            late = f"{name}, {world} ranks, messages {1e3 * plan.delay:g} ms late"
+            rows += compare(late, whole(results, ("delayed", name)), sleeping, schedule, latency=plan.delay)
     return rows
 
 
-@dataclass(frozen=True)
-class Drawn(Costs):
-    """Costs of which each action has its own."""
+def without_pipeline(results: Sequence[dict[str, Any]], name: str, plan: Plan) -> tuple[Sleeping, list[Row]]:
+    """What sleeps cost while this schedule was measured, and the rows about it."""
+    alone, warm = (seconds(results, (who, name)) for who in ("alone", "warm"))
+    lasts, trios = ([found for r in results for found in r[what][name]] for what in ("sleeps", "trios"))
+    count = 3 * plan.micro_batches
+    sleeping = Sleeping.of(lasts, alone, warm, trios, count)
+    case = f"no pipeline, {len(results)} processes, beside {name}"
+    return sleeping, [
+        Row(case, "s/step", alone, "as long as sleeps last", count * sleeping.lasts),
+        Row(f"{case}, without sleeps", "s/step", warm, "with sleeps", alone),
+    ]
 
-    actions: Mapping[Action, float] = field(default_factory=dict)
 
-    def _action(self, action: Action) -> float:
-        return self.actions[action]
-
-
-def one_by_one(schedule: Schedule, trios: Sequence[Trio], latency: float, early: bool) -> float:
-    """The median makespan where each action takes as long as one of its kind in `trios`; B as long as an I and a W."""
-    times = dict(zip((Kind.F, Kind.I, Kind.W), zip(*trios, strict=True), strict=True))
-    means = {kind: (statistics.mean(some),) * schedule.num_stages for kind, some in times.items()}
-    chance = random.Random(0)
-
-    def draw(kind: Kind) -> float:
-        return draw(Kind.I) + draw(Kind.W) if kind is Kind.B else chance.choice(times[kind])
-
-    makespans = []
-    for _ in range(DRAWINGS):
-        actions = {a: draw(a.kind) for rank in range(schedule.num_ranks) for a in schedule.actions(rank)}
-        costs = Drawn(means[Kind.F], means[Kind.I], means[Kind.W], latency=latency, actions=actions)
-        makespans.append(simulate(schedule, costs, early=early).makespan)
-    return statistics.median(makespans)
+def compare(
+    case: str,
+    spans: Sequence[float],
+    sleeping: Sleeping,
+    schedule: Schedule,
+    latency: float = 0.0,
+    leaves: Sequence[bool] = (False, True),
+) -> list[Row]:
+    """The median step beside the schedule's makespan; `leaves`: do results leave early in it? once for each answer."""
+    median = statistics.median(spans)
+    rows = [
+        Row(case, "s/step", median, peer + ", early" * early, theory)
+        for early in leaves
+        for peer, theory in sleeping.makespans(schedule, latency, early).items()
+    ]
+    print(f"  {case:44} {' '.join(f'{s / rows[1].theirs:.3f}' for s in sorted(spans))}")
+    return rows
 
 
 def whole(results: Sequence[dict[str, Any]], run: tuple[str, str]) -> list[float]:
@@ -360,9 +344,9 @@ def whole(results: Sequence[dict[str, Any]], run: tuple[str, str]) -> list[float
     return [max(end for _, end in step) - min(start for start, _ in step) for step in zip(*columns, strict=True)]
 
 
-def seconds(results: Sequence[dict[str, Any]], who: str) -> float:
+def seconds(results: Sequence[dict[str, Any]], run: tuple[str, str]) -> float:
     """The median over steps and ranks of how long a rank took for this run, of those that took part."""
-    steps = [end - start for r in results for (w, _), times in r["times"].items() if w == who for start, end in times]
+    steps = [end - start for r in results for start, end in r["times"][run]]
     return statistics.median(s for s in steps if s > 1e-3)
 
 
