@@ -1,9 +1,8 @@
-"""Training speed of the model against transformers' DeepseekV3ForCausalLM; `--scaling` shows cost as work grows.
+"""Training speed of the model against transformers' DeepseekV3ForCausalLM.
 
     .venv/bin/python -m benchmarks.model [--rounds 5] [--case 0]     case: one size; the other's results stay
     .venv/bin/python -m benchmarks.model --compile-peer              the peer a second time, through torch.compile
     .venv/bin/python -m benchmarks.model --default-allocator         the peer alone, with glibc's defaults, then ours
-    .venv/bin/python -m benchmarks.model --scaling [--resume]        resume: keep the points that are in the results
 
 One process, two threads; the same configuration, weights, tokens and AdamW (torch's fused one). Ours and the peer's
 steps are taken in turns, and the medians are compared. A step is forward, backward and optimizer. Freed memory is kept
@@ -23,22 +22,18 @@ products alone would take at that peak, against half of the FP32 or autocast pee
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import logging
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import profile
 
 from benchmarks.peer import our_model, peer_model, weights_of
@@ -47,11 +42,7 @@ from model.batch import MicroBatch
 from model.config import ModelConfig
 from model.cpu.allocator import keep_freed_memory
 from model.describe import attention_flops, count_parameters
-from model.names import named_routers
 from model.products import product
-from model.router import Router
-from model.stage import ModelStage
-from parallel.build import Replica
 
 THREADS = 2
 SMALL = ModelConfig(
@@ -253,123 +244,10 @@ def attention_gflops(case: Case) -> float:
     return 3e-9 * attention_flops(case.config, case.seq_len) * case.tokens
 
 
-# -- cost as work grows ------------------------------------------------------------------------------------------------
-
-
-def scaling(resume: bool) -> None:
-    """Time and peak memory per token as the sequence or the number of experts grows; draws a picture."""
-    base = replace(SMALL, num_layers=2, vocab_size=512)
-    cases = {
-        "sequence": [Case(str(s), base, s, 4096 // s) for s in (512, 1024, 2048, 4096)],
-        "experts": [
-            Case(str(e), replace(base, num_experts=e, expert_ffn_size=64), 512, 8) for e in (16, 32, 64, 128, 256)
-        ],
-    }
-    file = RESULTS / "model_scaling.json"
-    data: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-    if resume and file.exists():
-        data |= json.loads(file.read_text())
-    for name, row in cases.items():
-        for case in row[len(data[name]) :]:
-            data[name].append(_point(case))
-            file.write_text(json.dumps(data, indent=1) + "\n")
-    for name, points in data.items():
-        print(f"{name:>10}  µs per token  of which routers  with compile=off  optimizer  peak KiB per token")
-        for p in points:
-            print(f"{p['size']:10.0f}{p['us_per_token']:14.1f}{p['router_us']:18.1f}", end="")
-            print(f"{p['plain_us']:18.1f}{p['optimizer_us']:11.1f}{p['kib_per_token']:20.1f}")
-    _draw(data, Path("docs/images/model_scaling.svg"))
-
-
-def _point(case: Case) -> dict[str, float]:
-    """Forward and backward with compile=on, and beside it with compile=off.
-
-    The optimizer stands apart: its time depends on the parameters, not on the tokens.
-    """
-    plain_us = 1e6 * _seconds_of_a_step(case, compiled=False)[0] / case.tokens
-    taken, replica = _seconds_of_a_step(case, compiled=True)
-    batch = random_batch(case)
-    before = _reset_peak()
-    replica.pipeline.step([batch])
-    peak = resource_peak() - before
-    optimizer = adamw(replica.stages[0].parameters())
-    update = min(seconds(lambda: float(optimizer.step() or 0)) for _ in range(5))
-    return {
-        "size": float(case.name),
-        "us_per_token": 1e6 * taken / case.tokens,
-        "router_us": 1e6 * _router_seconds(replica.stages[0], case) / case.tokens,
-        "kib_per_token": peak / 1024 / case.tokens,
-        "plain_us": plain_us,
-        "optimizer_us": 1e6 * update / case.tokens,
-    }
-
-
-def _seconds_of_a_step(case: Case, compiled: bool) -> tuple[float, Replica]:
-    """Best of seven, after one to warm up."""
-    replica, batch = our_model(case.config, "fp32", compiled=compiled), random_batch(case)
-    replica.pipeline.step([batch])
-    return min(seconds(lambda: float(replica.pipeline.step([batch])[0].sum())) for _ in range(7)), replica
-
-
-def _router_seconds(stage: ModelStage, case: Case) -> float:
-    """Forward and backward of all routers, alone."""
-    x_TD = torch.randn(case.tokens, case.config.hidden_size, requires_grad=True)
-    total = 0.0
-    for router in named_routers(stage).values():
-        total += min(seconds(partial(_route, router, x_TD)) for _ in range(5))
-    return total
-
-
-def _route(router: Router, x_TD: Tensor) -> float:
-    gates_TK = router(x_TD).gates_TK
-    gates_TK.square().sum().backward()
-    return 0.0
-
-
-def _reset_peak() -> int:
-    """Give freed memory back, start the kernel's record of the peak anew; returns what is in use."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resource_peak()
-
-
-def resource_peak() -> int:
-    """Peak resident memory in bytes, since the last reset where the kernel has one."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _draw(data: dict[str, list[dict[str, float]]], picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, (name, points) in zip(axes, data.items(), strict=True):
-        sizes = [p["size"] for p in points]
-        axis.plot(sizes, [p["us_per_token"] for p in points], marker="o", color="#1f4e8c", label="µs per token")
-        axis.plot(sizes, [p["kib_per_token"] for p in points], marker="s", color="#c26d2d", label="peak KiB per token")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [f"{s:.0f}" for s in sizes])
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel({"sequence": "sequence length", "experts": "experts, active parameters constant"}[name])
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one size alone")
-    parser.add_argument("--scaling", action="store_true", help="cost as sequence and experts grow, instead")
-    parser.add_argument("--resume", action="store_true", help="keep the points that an earlier --scaling measured")
     parser.add_argument("--compile-peer", action="store_true", help="also the peer with its layers compiled")
     parser.add_argument("--default-allocator", action="store_true", help="peer alone as it comes, then ours, instead")
     options = parser.parse_args()
@@ -379,9 +257,6 @@ def main() -> None:
         publish("model_default_allocator", compare_as_it_comes(options.rounds))
         return
     keep_freed_memory()
-    if options.scaling:
-        scaling(options.resume)
-        return
     for case in CASES if options.case is None else (CASES[options.case],):
         measure(case, options.rounds, options.compile_peer)
 
