@@ -107,7 +107,7 @@ class Route:
             arrived = tuple(columns) if first is None else first.wait()
             for hop in self.hops[1:]:
                 arrived = hop.there(arrived).wait()
-            return tuple(c[self.source_R] for c in arrived)
+            return tuple(c.index_select(0, self.source_R) for c in arrived)
 
         return Promise(finish)
 
@@ -213,7 +213,7 @@ class RoutedDispatch:
             *vectors_M, gates_MK, experts_MK = arrived
             source_R, slot_R = sort_by_expert(experts_MK, place, sum(sizes.per_expert))
             self._route = Route(tuple(hops), experts_MK.shape, source_R, slot_R)
-            x_RD = rows.unpack([column[source_R] for column in vectors_M])
+            x_RD = rows.unpack([column.index_select(0, source_R) for column in vectors_M])
             return x_RD, gates_MK[source_R, slot_R], sizes.per_expert
 
         return Promise(finish)

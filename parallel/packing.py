@@ -50,5 +50,5 @@ class Columns:
         rows = len(columns[0]) if index_N is None else len(index_N)
         block = self.block(rows, columns[0].device)
         for column, place in zip(columns, self.unpack(block), strict=True):
-            place.copy_(column if index_N is None else column[index_N])
+            place.copy_(column if index_N is None else column.index_select(0, index_N))
         return block

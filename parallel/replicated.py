@@ -123,7 +123,7 @@ class _Combine:
         slots_TK, sizes = self.way.chosen
         groups, route = self.way.dispatcher.groups, self.routed.route
         by_source_R = (route.source_R * slots_TK.shape[1] + route.slot_R).argsort()
-        leaving_RD = y_RD[by_source_R]
+        leaving_RD = y_RD.index_select(0, by_source_R)
         homes_N = torch.div(slots_TK.flatten(), self.way.dispatcher.table.per_rank, rounding_mode="floor").argsort(
             stable=True
         )
