@@ -150,11 +150,11 @@ std::tuple<Tensor, Tensor> token_losses(Tensor logits, const Tensor& targets) {
         Vec most(-std::numeric_limits<float>::infinity()), sums(0);
         each(0, V, [&](int64_t v, int64_t n) { most = Vec::set(most, at::vec::maximum(most, load(row + v, n)), n); });
         const float max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, most);
-        each(0, V, [&](int64_t v, int64_t n) { sums = Vec::set(sums, sums + (load(row + v, n) - Vec(max)).exp(), n); });
+        each(0, V, [&](int64_t v, int64_t n) { sums = Vec::set(sums, sums + (load(row + v, n) - Vec(max)).exp_u20(), n); });
         log_sum[r] = max + std::log(sum_of(sums));
         const float target = row[wanted[r]];
         loss[r] = log_sum[r] - target;
-        each(0, V, [&](int64_t v, int64_t n) { store((load(row + v, n) - Vec(log_sum[r])).exp(), row + v, n); });
+        each(0, V, [&](int64_t v, int64_t n) { store((load(row + v, n) - Vec(log_sum[r])).exp_u20(), row + v, n); });
         row[wanted[r]] = std::expm1(target - log_sum[r]);
       }
     });
