@@ -94,7 +94,7 @@ Tensor swiglu(const Tensor& gate_up, const std::optional<Tensor>& gates) {
         const Vec share(shares ? shares[r] : 1.f);
         each(0, F, [&](int64_t f, int64_t n) {
           const Vec x = load(row + f, n);
-          store(x / (Vec(1) + x.neg().exp()) * load(row + F + f, n) * share, to + r * F + f, n);
+          store(x / (Vec(1) + x.neg().exp_u20()) * load(row + F + f, n) * share, to + r * F + f, n);
         });
       }
     });
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate_
         Vec sums(0);
         each(0, F, [&](int64_t f, int64_t n) {
           const Vec x = load(row + f, n), up = load(row + F + f, n), d = load(slope + f, n);
-          const Vec sigmoid = one / (one + x.neg().exp()), silu = x * sigmoid;
+          const Vec sigmoid = one / (one + x.neg().exp_u20()), silu = x * sigmoid;
           sums = at::vec::fmadd(d * silu, up, sums);  // beyond the row's end d is 0
           store(d * share * up * sigmoid * (one + x * (one - sigmoid)), to + f, n);
           store(d * share * silu, to + F + f, n);
