@@ -85,7 +85,7 @@ def our_step(case: Case, precision: str, compiled: bool = False) -> Callable[[],
     optimizer = adamw(replica.stages[0].parameters())
 
     def step() -> float:
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         (loss,) = replica.pipeline.step([batch]).values()
         optimizer.step()
         replica.precision.refresh()

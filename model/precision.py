@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.few_rows import few_rows_grouped_product, few_rows_product
 from model.functional import Kernels, swiglu
-from model.grads import grad_of
+from model.grads import room_for_grad
 from model.products import add_grouped_weight_grads, add_weight_grad, grouped_product, product
 from model.protocols import WeightGrads
 
@@ -136,7 +136,12 @@ class _Linear(torch.autograd.Function):
         x, copy_OI = ctx.saved_tensors
         weight, compiled = ctx.weight, ctx.compiled
         dy_TO, x_TI = dy.flatten(0, -2), x.flatten(0, -2)
-        ctx.queue.put(lambda: add_weight_grad(grad_of(weight), dy_TO, x_TI, compiled))
+
+        def wgrad() -> None:
+            grad_OI, fresh = room_for_grad(weight)
+            add_weight_grad(grad_OI, dy_TO, x_TI, compiled, fresh)
+
+        ctx.queue.put(wgrad)
         dx = product(dy_TO, copy_OI.t()).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None
 
@@ -163,5 +168,10 @@ class _GroupedLinear(torch.autograd.Function):
         x_RI, copy_EOI = ctx.saved_tensors
         weight, counts, compiled = ctx.weight, ctx.counts, ctx.compiled
         dy_RO = dy_RO.contiguous()
-        ctx.queue.put(lambda: add_grouped_weight_grads(grad_of(weight), dy_RO, x_RI, counts, compiled))
+
+        def wgrad() -> None:
+            grad_EOI, fresh = room_for_grad(weight)
+            add_grouped_weight_grads(grad_EOI, dy_RO, x_RI, counts, compiled, fresh)
+
+        ctx.queue.put(wgrad)
         return grouped_product(dy_RO, copy_EOI.transpose(1, 2), counts, compiled), None, None, None, None, None

@@ -72,12 +72,14 @@ def grouped_product(x_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int], com
 
 
 def add_grouped_weight_grads(
-    grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, counts: Sequence[int], compiled: bool = False
+    grad_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, counts: Sequence[int], compiled: bool = False, fresh: bool = False
 ) -> None:
-    """grad[e] += dyᵀ · x over the rows of expert e, for every expert that has any."""
+    """grad[e] += dyᵀ · x over the rows of expert e, for every expert that has any; what a fresh one holds is lost."""
     if compiled and _suits_kernel(x_RK, grad_ENK) and grad_ENK.dtype == torch.float32 and grad_ENK.is_contiguous():
-        kernels().add_grouped_weight_grads(grad_ENK, dy_RN.contiguous(), x_RK.contiguous(), list(counts))
+        kernels().add_grouped_weight_grads(grad_ENK, dy_RN.contiguous(), x_RK.contiguous(), list(counts), fresh)
         return
+    if fresh:
+        grad_ENK.zero_()
     if has_grouped_kernel(x_RK, grad_ENK):
         add_weight_grads_by_kernel(grad_ENK, dy_RN, x_RK, counts)
         return
@@ -127,11 +129,16 @@ def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def add_weight_grad(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor, compiled: bool = False) -> None:
-    """grad += dyᵀ · x, in the gradient's dtype."""
+def add_weight_grad(
+    grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor, compiled: bool = False, fresh: bool = False
+) -> None:
+    """grad += dyᵀ · x, in the gradient's dtype; what a fresh one holds is lost."""
     if compiled and _suits_kernel(x_TK, grad_NK.unsqueeze(0)):
-        add_grouped_weight_grads(grad_NK.unsqueeze(0), dy_TN, x_TK, [len(x_TK)], compiled)
-    elif grad_NK.dtype == dy_TN.dtype and not calls_onednn(dy_TN):
+        add_grouped_weight_grads(grad_NK.unsqueeze(0), dy_TN, x_TK, [len(x_TK)], compiled, fresh)
+        return
+    if fresh:
+        grad_NK.zero_()
+    if grad_NK.dtype == dy_TN.dtype and not calls_onednn(dy_TN):
         grad_NK.addmm_(dy_TN.t(), x_TK)
     else:
         grad_NK.add_(outer(dy_TN, x_TK))

@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attend import Documents
 from model.attention import AttentionContext, HeadSizes, _FromHeads
 from model.batch import IGNORE
 from model.cpu import kernels as library
 from model.loss import head_loss
+from model.precisions import make_precision
 from model.products import add_grouped_weight_grads, add_weight_grad, grouped_product
+from model.protocols import AtOnce
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # beside FP64; twice what rounding once, or inside, explains
 needs_avx512 = pytest.mark.skipif(not library.suits(torch.empty(0)), reason="the kernels need AVX-512 and oneDNN")
@@ -145,7 +147,8 @@ def test_without_errors_the_model_of_rounding_is_exact(case: AttentionCase) -> N
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_grouped_products_equal_torchs(dtype: torch.dtype, data: st.DataObject) -> None:
-    """Forward, the rows' gradient, and the weights' gradients added to what is there; experts may have no rows."""
+    """Forward, the rows' gradient, and the weights' gradients, added to what is there or fresh, over anything; experts
+    may have no rows."""
     counts = data.draw(st.lists(st.one_of(st.just(0), st.integers(1, 300)), min_size=1, max_size=12))
     N, K = 16 * data.draw(st.integers(1, 20)), 16 * data.draw(st.integers(1, 20))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -163,14 +166,37 @@ def test_grouped_products_equal_torchs(dtype: torch.dtype, data: st.DataObject) 
         add_grouped_weight_grads(grad_ENK, dy_RN, x_RK, counts, compiled)
         dense_NK = before[0].to(grad, copy=True)
         add_weight_grad(dense_NK, dy_RN, x_RK, compiled)
-        return [out, dx, grad_ENK, dense_NK]
+        fresh_ENK, fresh_NK = torch.full_like(grad_ENK, torch.nan), torch.full_like(dense_NK, torch.nan)
+        add_grouped_weight_grads(fresh_ENK, dy_RN, x_RK, counts, compiled, fresh=True)
+        add_weight_grad(fresh_NK, dy_RN, x_RK, compiled, fresh=True)
+        return [out, dx, grad_ENK, dense_NK, fresh_ENK, fresh_NK]
 
     exact = results(False, torch.float64, torch.float64)
     for mine, theirs, given_in in zip(
-        results(True, dtype, torch.float32), exact, (dtype, dtype, *2 * (torch.float32,)), strict=True
+        results(True, dtype, torch.float32), exact, (dtype, dtype, *4 * (torch.float32,)), strict=True
     ):
         assert mine.dtype == given_in
         assert distance(mine, theirs) <= TOLERANCE[given_in]
+
+
+@needs_avx512
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_gradient_is_written_and_then_added_to(name: str) -> None:
+    """The first micro-batch writes it, the second adds: as if both had added to zeros. A view of a buffer, as buckets
+    have them, goes on being added to, wherever it begins."""
+    precision, _ = make_precision(name, compiled=True)
+    products, queue = precision.of("experts_gate_up"), AtOnce()
+    start = torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0))
+    written, added = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    room = torch.zeros(1 + start.numel())
+    added.grad = room[1:].view_as(start)
+    for seed, counts in enumerate(([5, 0, 9], [0, 0, 14])):
+        x_RI = torch.randn(14, 16, generator=torch.Generator().manual_seed(seed)).to(precision.dtype).requires_grad_()
+        for weight in (written, added):
+            products.grouped_linear(x_RI, weight, counts, queue).sum().backward()
+        assert torch.equal(written.grad, added.grad)
+        assert not written.grad[1].any()
+    assert written.grad[2].any() and room.data_ptr() + 4 == added.grad.data_ptr()
 
 
 @needs_avx512

@@ -3,10 +3,10 @@
 // A task is one panel of columns of one expert's result (of its weight's gradient: some of its rows), on one thread,
 // which takes the next task when it is done: threads meet once per call, not once per expert. A panel of the weight is
 // laid out once as tiles want it, and stays in the cache for all of the expert's rows; the next task's panel is fetched
-// meanwhile. Gradients are added where they accumulate, once for as many rows as the cache holds, and fetched ahead:
-// with few rows per expert memory is what takes long.
+// meanwhile. Gradients are added where they accumulate, once for as many rows as the cache holds, and fetched ahead, or
+// written if they are the first: with few rows per expert memory is what takes long.
 //
-// Shapes: R rows, E experts; a product y [R, N] = x [R, K] · weight[e] [K, N]; a gradient [E, N, K] += dy[R, N]ᵀ · x [R, K].
+// Shapes: R rows, E experts; a product y [R, N] = x [R, K] · weight[e] [K, N]; a gradient [E, N, K] (+)= dy[R, N]ᵀ · x [R, K].
 // N and K are multiples of 16.
 
 #include <torch/library.h>
@@ -111,13 +111,15 @@ struct Buffers {
   Room<T> dy, x;
 };
 
-// grad [N, K] += dyᵀ · x over the group's rows, for the rows of grad from `first` on, `height` of them.
+// grad [N, K] += dyᵀ · x over the group's rows, or = if it is `fresh`, for the rows of grad from `first` on, `height` of
+// them. What is written once, and not soon read, goes past the caches: else memory is read before it is written.
 template <typename T>
 void add_gradient(const T* dy, const T* x, int64_t rows, int64_t K, int64_t N, int64_t first, int64_t height, float* grad,
-                  Buffers<T>& own) {
+                  bool fresh, Buffers<T>& own) {
   constexpr int64_t deep = DEEP * PAIR<T>;
   const int64_t passes = std::max<int64_t>(1, (rows + deep / 2 - 1) / deep);  // all of grad is read and written in each
   const int64_t chunk = round_up((rows + passes - 1) / passes, PAIR<T>);
+  const bool past = passes == 1 && reinterpret_cast<uintptr_t>(grad) % 64 == 0;
   for (int64_t row = 0; row < rows; row += chunk) {
     const int64_t real = std::min(chunk, rows - row), depth = (real + PAIR<T> - 1) / PAIR<T>;
     pack_panel(dy + row * N + first, N, own.dy.data(), real, height);
@@ -126,16 +128,23 @@ void add_gradient(const T* dy, const T* x, int64_t rows, int64_t K, int64_t N, i
       pack_panel(x + row * K + k, K, own.x.data(), real, width);
       for (int64_t n = 0; n < height; n += HIGH) {
         float* const to = grad + (first + n) * K + k;
-        Soon(to + HIGH * K, K, std::min(HIGH, height - n - HIGH), width).fetch(HIGH * BROAD);
-        const Left<T> left{units(own.dy.data()) + n, 1, height};
-        multiply_tile(std::min(HIGH, height - n), width, left, units(own.x.data()), width, depth, Add{to, K});
+        const auto multiply = [&](const auto& result) {
+          const Left<T> left{units(own.dy.data()) + n, 1, height};
+          multiply_tile(std::min(HIGH, height - n), width, left, units(own.x.data()), width, depth, result);
+        };
+        if (fresh && row == 0) {
+          past ? multiply(StorePast{to, K}) : multiply(Store<float>{to, K});
+        } else {
+          Soon(to + HIGH * K, K, std::min(HIGH, height - n - HIGH), width).fetch(HIGH * BROAD);
+          multiply(Add{to, K});
+        }
       }
     }
   }
 }
 
 template <typename T>
-void gradients(const T* dy, const T* x, const std::vector<Group>& groups, int64_t K, int64_t N, float* grads) {
+void gradients(const T* dy, const T* x, const std::vector<Group>& groups, int64_t K, int64_t N, float* grads, bool fresh) {
   const bool many = groups.size() >= MANY;
   const int64_t shares = many ? 1 : 2 * at::get_num_threads();  // each lays x out anew
   const int64_t part = std::min(MOST[many], round_up((N + shares - 1) / shares, HIGH)), parts = (N + part - 1) / part;
@@ -144,7 +153,9 @@ void gradients(const T* dy, const T* x, const std::vector<Group>& groups, int64_
   share_out(groups.size() * parts, buffers, [&](int64_t task, int64_t, Buffers<T>& own) {
     const auto [expert, start, rows] = groups[task / parts];
     const int64_t first = task % parts * part;
-    add_gradient(dy + start * N, x + start * K, rows, K, N, first, std::min(part, N - first), grads + expert * N * K, own);
+    add_gradient(dy + start * N, x + start * K, rows, K, N, first, std::min(part, N - first), grads + expert * N * K,
+                 fresh, own);
+    _mm_sfence();  // what went past the caches comes before what the thread writes next
   });
 }
 
@@ -162,12 +173,15 @@ Tensor grouped_product(const Tensor& x, const Tensor& weight, at::IntArrayRef co
   return out;
 }
 
-// grad [E, N, K] (FP32) += dyᵀ · x by expert.
-void add_grouped_weight_grads(Tensor grad, const Tensor& dy, const Tensor& x, at::IntArrayRef counts) {
+// grad [E, N, K] (FP32) += dyᵀ · x by expert, or = if it is `fresh`: then there may be anything in it.
+void add_grouped_weight_grads(Tensor grad, const Tensor& dy, const Tensor& x, at::IntArrayRef counts, bool fresh) {
   const std::vector<Group> groups = groups_of(counts, x.size(0), x.size(0));
+  for (size_t expert = 0; fresh && expert < counts.size(); ++expert)
+    if (counts[expert] == 0) grad[expert].zero_();
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    gradients(dy.const_data_ptr<T>(), x.const_data_ptr<T>(), groups, x.size(1), dy.size(1), grad.data_ptr<float>());
+    gradients(dy.const_data_ptr<T>(), x.const_data_ptr<T>(), groups, x.size(1), dy.size(1), grad.data_ptr<float>(),
+                 fresh);
   };
   x.scalar_type() == at::kBFloat16 ? run(BFloat16()) : run(float());
 }
@@ -176,6 +190,6 @@ void add_grouped_weight_grads(Tensor grad, const Tensor& dy, const Tensor& x, at
 
 TORCH_LIBRARY_FRAGMENT(deepseek_cpu, library) {
   library.def("grouped_product", &grouped_product);
-  library.def("add_grouped_weight_grads(Tensor(a!) grad, Tensor dy, Tensor x, int[] counts) -> ()",
+  library.def("add_grouped_weight_grads(Tensor(a!) grad, Tensor dy, Tensor x, int[] counts, bool fresh) -> ()",
               &add_grouped_weight_grads);
 }

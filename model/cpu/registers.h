@@ -46,12 +46,19 @@ struct Left {
   int64_t row, step;
 };
 
-// What becomes of a tile: it is stored, or added to what is there. Rows lie ld apart.
+// What becomes of a tile: it is stored, stored past the caches (in lines of 64 bytes), or added to what is there. Rows
+// lie ld apart.
 template <typename T>
 struct Store {
   T* to;
   int64_t ld;
   void put(int64_t i, int64_t j, __m512 sum) const { store(Vec(sum), to + i * ld + j, LANES); }
+};
+
+struct StorePast {
+  float* to;
+  int64_t ld;
+  void put(int64_t i, int64_t j, __m512 sum) const { _mm512_stream_ps(to + i * ld + j, sum); }
 };
 
 struct Add {
