@@ -129,9 +129,7 @@ def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def add_weight_grad(
-    grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor, compiled: bool = False, fresh: bool = False
-) -> None:
+def add_weight_grad(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor, compiled: bool = False, fresh: bool = False) -> None:
     """grad += dyᵀ · x, in the gradient's dtype; what a fresh one holds is lost."""
     if compiled and _suits_kernel(x_TK, grad_NK.unsqueeze(0)):
         add_grouped_weight_grads(grad_NK.unsqueeze(0), dy_TN, x_TK, [len(x_TK)], compiled, fresh)
