@@ -59,7 +59,8 @@ COLUMNS = {
 def scaling(resume: bool) -> None:
     """All points, into the results one by one; prints tables and draws a picture."""
     file = RESULTS / "model_scaling.json"
-    found: dict[str, list[Point]] = json.loads(file.read_text())["points"] if resume and file.exists() else {}
+    before = json.loads(file.read_text()) if resume and file.exists() else {}
+    found: dict[str, list[Point]] = before.get("points", {})  # a file without them has another form
     for name, cases in CASES.items():
         points = found.setdefault(name, [])
         for case in cases[len(points) :]:
