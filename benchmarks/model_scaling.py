@@ -1,12 +1,13 @@
 """What a token costs as the sequence grows, and as experts do at constant active parameters: time and peak memory.
 
-    .venv/bin/python -m benchmarks.model_scaling [--resume]        resume: keep the points that are in the results
+    .venv/bin/python -m benchmarks.model_scaling [--rounds 3]
 
-Forward and backward of two layers, the second of them with experts, in FP32; one process, two threads; the best of
-seven steps. More experts cost the router's time per token, and per step what it takes to go through their weights,
-however few rows each has. `weights` is the least that this can take: to read them for the forward and for the
-gradients of the inputs, and to write their gradients, at the speed at which this machine copies memory, measured here.
-With more tokens in a step it is shared by more: `experts, 16,384 tokens`.
+Forward and backward of two layers, the second of them with experts, in FP32; one process, two threads. All points are
+measured in every round, and of each the least that it took counts: the best of seven steps in the best round. More
+experts cost the router's time per token, and per step what it takes to go through their weights, however few rows each
+has. `weights` is the least that this can take: to read them for the forward and for the gradients of the inputs, and to
+write their gradients, at the speed at which this machine copies memory, measured here. With more tokens in a step it
+is shared by more: `experts, 16,384 tokens`.
 """
 
 from __future__ import annotations
@@ -56,22 +57,25 @@ COLUMNS = {
 }
 
 
-def scaling(resume: bool) -> None:
-    """All points, into the results one by one; prints tables and draws a picture."""
+def scaling(rounds: int) -> None:
+    """Measures all points in every round, writes the results, prints tables and draws a picture."""
+    found: dict[str, list[Point]] = {}
+    for _ in range(rounds):
+        for name, cases in CASES.items():
+            points = [_point(case) for case in cases]
+            found[name] = [_least(*both) for both in zip(found.get(name, points), points, strict=True)]
     file = RESULTS / "model_scaling.json"
-    before = json.loads(file.read_text()) if resume and file.exists() else {}
-    found: dict[str, list[Point]] = before.get("points", {})  # a file without them has another form
-    for name, cases in CASES.items():
-        points = found.setdefault(name, [])
-        for case in cases[len(points) :]:
-            points.append(_point(case))
-            file.write_text(json.dumps({"points": found, "machine": machine()}, indent=1) + "\n")
+    file.write_text(json.dumps({"points": found, "rounds": rounds, "machine": machine()}, indent=1) + "\n")
     for name, points in found.items():
         print(" | ".join((name, *COLUMNS.values())))
         for point in points:
             print(" | ".join((f"{point['size']:.0f}", *(f"{point[column]:.1f}" for column in COLUMNS))))
         _beyond(name, points)
     _draw(found, Path("docs/images/model_scaling.svg"))
+
+
+def _least(before: Point, now: Point) -> Point:
+    return {name: min(before[name], now[name]) for name in now}
 
 
 def _beyond(name: str, points: list[Point]) -> None:
@@ -179,12 +183,12 @@ def _draw(data: dict[str, list[Point]], picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", action="store_true", help="keep the points that an earlier run measured")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(THREADS)
     keep_freed_memory()
-    scaling(options.resume)
+    scaling(options.rounds)
 
 
 if __name__ == "__main__":

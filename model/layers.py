@@ -25,8 +25,9 @@ class Toolbox:
     balance   how routers are kept in balance besides their bias
     placement   by layer, the order in which its experts are dealt out to the ranks; a layer that is not in it deals
                 them out as 0, 1, 2, …
-    compile   training: norms, SwiGLU, the loss and attention through our C++ kernels on a CPU with AVX-512; elsewhere
-              norms and SwiGLU through torch.compile (products are the precision's: `CastPrecision.compiled`)
+    compile   training: norms, SwiGLU, the loss, attention and the choice of experts through our C++ kernels on a CPU
+              with AVX-512; elsewhere norms and SwiGLU through torch.compile (products are the precision's:
+              `CastPrecision.compiled`)
     cpp       generation in FP32 on a CPU uses the C++ kernels of model/cpu (`fused.py`)
     """
 

@@ -40,7 +40,7 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig, tools: Toolbox) -> None:
         super().__init__()
-        self.config, self.balance, self.cpp = config, tools.balance, tools.cpp
+        self.config, self.balance, self.cpp = config, tools.balance, tools.cpp or tools.compile
         high = Toolbox(CastPrecision(tools.param_dtype), tools.queue, tools.dispatcher, tools.param_dtype, tools.device)
         self.linear = Linear(config.hidden_size, config.num_experts, high, "router")
         self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=tools.param_dtype, device=tools.device))

@@ -102,12 +102,15 @@ def test_norms_and_swiglu_of_rows_that_lie_apart(data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_the_choice_of_experts_is_the_same(data: st.DataObject) -> None:
-    """Ties among them."""
+    """Ties among them, and NaN, which must lead to as many different experts as anything else."""
     T, groups, width = (data.draw(st.integers(least, most)) for least, most in ((0, 40), (1, 6), (1, 6)))
     kept = data.draw(st.integers(1, groups))
     K = data.draw(st.integers(1, kept * width))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     biased = torch.randint(-3, 4, (T, groups * width), generator=generator).float() / 4
+    biased[torch.rand(biased.shape, generator=generator) < data.draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))] = float(
+        "nan"
+    )
     ours = library.kernels().choose_experts(biased, groups, kept, K)
     assert torch.equal(ours, choose_experts(biased, groups, kept, K))
 

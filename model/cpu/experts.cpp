@@ -190,7 +190,7 @@ struct Best {
   }
 };
 
-// As `choose_experts` of model/router.py: biased [T, E] → [T, K].
+// As `choose_experts` of model/router.py: biased [T, E] → [T, K]. There NaN sorts before every number, here as infinity.
 Tensor choose(const Tensor& biased, int64_t groups, int64_t groups_per_token, int64_t experts_per_token) {
   const int64_t T = biased.size(0), E = biased.size(1), width = E / groups;
   Tensor result = at::empty({T, experts_per_token}, biased.options().dtype(at::kLong));
@@ -199,20 +199,20 @@ Tensor choose(const Tensor& biased, int64_t groups, int64_t groups_per_token, in
   at::parallel_for(0, T, 64, [&](int64_t begin, int64_t end) {
     Best best_groups(groups_per_token), best(experts_per_token);
     for (int64_t t = begin; t < end; ++t) {
-      const float* const scores = all + t * E;
+      const auto score = [scores = all + t * E](int64_t e) { return std::isnan(scores[e]) ? INFINITY : scores[e]; };
       best_groups.clear();
       best.clear();
       for (int64_t g = 0; g < groups; ++g) {
         float first = -INFINITY, second = -INFINITY;
         for (int64_t e = g * width; e < (g + 1) * width; ++e) {
-          second = std::max(second, std::min(first, scores[e]));
-          first = std::max(first, scores[e]);
+          second = std::max(second, std::min(first, score(e)));
+          first = std::max(first, score(e));
         }
         best_groups.offer(width > 1 ? first + second : first, g);
       }
       std::sort(best_groups.chosen.begin(), best_groups.chosen.end());
       for (const int64_t g : best_groups.chosen)
-        for (int64_t e = g * width; e < (g + 1) * width; ++e) best.offer(scores[e], e);
+        for (int64_t e = g * width; e < (g + 1) * width; ++e) best.offer(score(e), e);
       std::copy(best.chosen.begin(), best.chosen.end(), out + t * experts_per_token);
     }
   });
