@@ -1,6 +1,6 @@
 """Matrix products by the fastest library at hand: torch's own, or oneDNN where it is on a CPU.
 
-torch multiplies FP32 matrices on a CPU with MKL, which on AMD processors reaches less than half of what oneDNN does
+torch multiplies FP32 matrices on a CPU with MKL, which on some AMD processors reaches half of what oneDNN does
 (measured by benchmarks/model.py, "share of the GEMM peak"). For BF16 both are oneDNN. Results differ in rounding only.
 
 oneDNN generates code for every new shape, in about the time of a small product. A dense layer's shapes repeat; an
