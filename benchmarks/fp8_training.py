@@ -8,7 +8,8 @@ Runs of a model and seed start from the same weights and read the same text in t
 differs. The text is read less than once, so the training loss is an honest measure. Adam's moments are BF16 in all.
 The runs called `later` go on for 1,000 steps from what `bf16` has reached, on text in another order. Those called
 `same` only evaluate what `bf16` of that seed has reached, in each precision: no run drifts there. `long` is from
-scratch for 2,000 steps, `longer` for 4,000, `batch` from scratch with four times the sequences in a step.
+scratch for 2,000 steps, `longer` for 4,000, `batch` from scratch with four times the sequences in a step, `scaled` from
+scratch with first weights as large as the report's are for layers of this width.
 
     blocks   activation gradients in 128×128 blocks instead of 1×128 tiles: the report's ablation, which diverged at 16B
     fp32     how far two runs drift apart that differ by rounding of BF16 alone
@@ -52,6 +53,7 @@ MODELS = {
     "wider": "model=small model.num_layers=5 model.num_experts=8 model.num_groups=4 model.num_heads=4 "
     "model.dense_ffn_size=512",
 }
+SCALED = {"tiny": 0.0449, "wider": 0.0317}  # 0.006 · √(7168 / hidden size): the report's, for narrower layers
 ROWS = {"tiny": 4, "wider": 2}  # sequences in a step
 SAME = "optim.lr=1e-12 optim.lr_final=1e-12 optim.warmup_steps=0 eval_every=1 init_from=runs/fp8_training"  # one step
 MODELS |= {
@@ -59,6 +61,7 @@ MODELS |= {
     **{f"{name}_long": words for name, words in MODELS.items()},
     **{f"{name}_longer": words for name, words in MODELS.items()},
     **{f"{name}_batch": words for name, words in MODELS.items()},
+    **{f"{name}_scaled": f"{words} model.init_std={SCALED[name]}" for name, words in MODELS.items()},
     **{f"{name}_same": f"{words} {SAME}/{name}-bf16-{{seed}}" for name, words in MODELS.items()},
 }
 VARIANTS = {
