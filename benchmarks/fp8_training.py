@@ -1,7 +1,7 @@
 """Does training in FP8 reach the loss of BF16? The report's check (3.3, appendix B.1) at the size of a laptop.
 
     .venv/bin/python -m benchmarks.fp8_training run tiny fp8 [SEED]   # one run of 1,000 steps: 10 minutes or more
-    .venv/bin/python -m benchmarks.fp8_training report             # table and picture of the runs that are there
+    .venv/bin/python -m benchmarks.fp8_training report [MODEL …]   # table and picture of the runs that are there
     .venv/bin/python -m benchmarks.fp8_training behind             # the published differences, in steps
 
 Runs of a model and seed start from the same weights and read the same text in the same order; only the precision
@@ -119,10 +119,11 @@ def run(model: str, variant: str, seed: str = "0") -> None:
     subprocess.run([sys.executable, "train.py", *words.split()], check=True)
 
 
-def report() -> None:
-    """Table and picture of the finished runs."""
-    rows = []
-    for model in MODELS:
+def report(*models: str) -> None:
+    """Table and picture of these models' finished runs, of all by default. What is published of other runs stays."""
+    chosen = models or tuple(MODELS)
+    rows: list[Row] = []
+    for model in chosen:
         for variant in VARIANTS:
             differences = []
             for seed in SEEDS:
@@ -144,15 +145,14 @@ def report() -> None:
                 error = statistics.stdev(differences) / len(differences) ** 0.5
                 rows.append(Row(case, "% more loss", statistics.mean(differences), "standard error", error))
         rows += against_all(model)
-    publish("fp8_training", rows)
-    draw(Path("docs/images/fp8_training.png"))
+    publish("fp8_training", rows, keep=True)
+    draw(chosen, Path(f"docs/images/fp8_training{models[0][models[0].find('_') :] if models else ''}.png"))
 
 
 def behind() -> None:
     """Prints, from the published rows, how many percent more steps each variant needs."""
-    rows = json.loads((RESULTS / "fp8_training.json").read_text())["rows"]
     found: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
-    for row in rows:
+    for row in json.loads((RESULTS / "fp8_training.json").read_text())["rows"]:
         if at := re.fullmatch(r"(\w+, \w+), seed (\d), steps \d+-(\d+)", row["case"]):
             found.setdefault(at[1], {}).setdefault(at[2], {})[int(at[3])] = row["ours"], row["theirs"]
     print(f"{'':22} {'% more loss':>24} {'slope':>8} {'% more steps':>24}")
@@ -197,14 +197,14 @@ def against_all(model: str) -> list[Row]:
     return rows
 
 
-def draw(path: Path) -> None:
+def draw(chosen: Sequence[str], path: Path) -> None:
     """Losses above, differences from BF16 below; one column for each model."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = [m for m in MODELS if not m.endswith("_same") and any(Losses.read(m, "bf16", s) for s in SEEDS)]
+    models = [m for m in chosen if not m.endswith("_same") and any(Losses.read(m, "bf16", s) for s in SEEDS)]
     figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 5.5), sharex="col", squeeze=False)
     for column, model in enumerate(models):
         above, below = axes[:, column]
@@ -231,13 +231,14 @@ def main() -> None:
     match sys.argv[1:]:
         case ["run", model, variant, *seed] if model in MODELS and variant in VARIANTS and len(seed) <= 1:
             run(model, variant, *seed)
-        case ["report"]:
-            report()
+        case ["report", *models] if set(models) <= set(MODELS):
+            report(*models)
         case ["behind"]:
             behind()
         case _:
             models, variants = "|".join(MODELS), "|".join(VARIANTS)
-            sys.exit(f"usage: python -m benchmarks.fp8_training run {models} {variants} [SEED] | report | behind")
+            ways = f"run {models} {variants} [SEED] | report [MODEL ...] | behind"
+            sys.exit(f"usage: python -m benchmarks.fp8_training {ways}")
 
 
 if __name__ == "__main__":
