@@ -108,9 +108,8 @@ def test_the_choice_of_experts_is_the_same(data: st.DataObject) -> None:
     K = data.draw(st.integers(1, kept * width))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     biased = torch.randint(-3, 4, (T, groups * width), generator=generator).float() / 4
-    biased[torch.rand(biased.shape, generator=generator) < data.draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))] = float(
-        "nan"
-    )
+    missing = data.draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    biased[torch.rand(biased.shape, generator=generator) < missing] = float("nan")
     ours = library.kernels().choose_experts(biased, groups, kept, K)
     assert torch.equal(ours, choose_experts(biased, groups, kept, K))
 
